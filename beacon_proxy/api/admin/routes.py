@@ -1,0 +1,220 @@
+"""The proxy's own routes, but for /inference: health, fleet, models, spend, metrics.
+
+All of them only read, answer at once from memory, and ask no backend anything: a monitor that polls
+them costs no GPU a second.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from aiohttp import web
+
+from ...contracts import Candidate, End, Provider
+from ...errors import BadRequest, ProxyError
+from ...ops.metrics import healthy
+from ...ops.telemetry import Telemetry
+from ...ops.windows import MINUTES, Key, Totals
+from ...regions import canonical_region
+from . import models, views
+from .answers import HEADERS, Handler, View, handler, json_answer, prefers_text, problem
+from .events import wants_upgrade, watch
+
+if TYPE_CHECKING:
+    from ...config import Settings
+
+_SERVICE = "hybrid-router"
+_VARIABLES = ("PORT", "FLY_REGION")  # beside those that the providers read
+_SINCE = re.compile(r"([0-9]{1,9})([smhd]?)")
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class Fleet(Protocol):
+    """The live view that the routes show."""
+
+    def candidates(self) -> list[Candidate]: ...
+
+    def now(self) -> float: ...
+
+
+class State(Protocol):
+    """What this process does at the moment."""
+
+    @property
+    def draining(self) -> bool: ...
+
+    @property
+    def started_unix(self) -> float: ...
+
+
+class Admin:
+    """Answers the own routes.
+
+    Attributes:
+        routes: exact path to handler. A handler answers errors itself, in the path's dialect.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        fleet: Fleet,
+        telemetry: Telemetry,
+        providers: Mapping[str, Provider],
+        env: Mapping[str, str],
+        version: str,
+        state: State,
+    ) -> None:
+        self._region = settings.server.region
+        self._fleet = fleet
+        self._telemetry = telemetry
+        self._env = env
+        self._version = version
+        self._state = state
+        names = [name for provider in providers.values() for name in provider.environment]
+        self._variables = tuple(dict.fromkeys((*_VARIABLES, *sorted(names))))
+        by_path: dict[str, View] = {
+            "/health": self._health,
+            "/ready": self._ready,
+            "/status": self._status,
+            "/modal-health": self._status,
+            "/providers": self._providers,
+            "/models": self._models,
+            "/v1/models": self._openai_models,
+            "/api/tags": self._ollama_models,
+            "/costs": self._costs,
+            "/regions": self._regions,
+            "/env": self._environment,
+            "/metrics": self._metrics,
+        }
+        self.routes: Mapping[str, Handler] = {
+            **{path: handler(view) for path, view in by_path.items()},
+            "/ws": self._ws,
+        }
+
+    def _health(self, _request: web.BaseRequest) -> web.Response:
+        candidates, now = self._fleet.candidates(), self._fleet.now()
+        well = sum(healthy(c.live, now) for c in candidates)
+        return json_answer(
+            {
+                "status": "healthy" if candidates and well == len(candidates) else "degraded",
+                "service": _SERVICE,
+                "version": self._version,
+                "timestamp": self._telemetry.unix(),
+                "region": self._region,
+                "providers_total": len(candidates),
+                "providers_healthy": well,
+                "regions": list(models.providers_by_region(candidates)),
+            }
+        )
+
+    def _ready(self, _request: web.BaseRequest) -> web.Response:
+        candidates, now = self._fleet.candidates(), self._fleet.now()
+        status = "ok" if any(views.usable(c.live, now) for c in candidates) else "no_backend"
+        if self._state.draining:
+            status = "draining"
+        answer = {"status": status, "service": _SERVICE, "timestamp": self._telemetry.unix()}
+        return json_answer(answer, 200 if status == "ok" else 503)
+
+    def _status(self, _request: web.BaseRequest) -> web.Response:
+        timestamp = self._telemetry.unix()
+        return json_answer({"status": "healthy", "timestamp": timestamp, "service": _SERVICE})
+
+    def _providers(self, request: web.BaseRequest) -> web.Response:
+        region = canonical_region(request.query.get("region", ""))
+        totals = self._telemetry.windows.totals(MINUTES, by=lambda key: key.backend)
+        now, unix = self._fleet.now(), self._telemetry.unix()
+        return json_answer(
+            {
+                "providers": [
+                    views.provider(c, now, unix, totals.get(c.backend.name, Totals()))
+                    for c in self._fleet.candidates()
+                    if region in ("", c.backend.region)
+                ]
+            }
+        )
+
+    def _models(self, _request: web.BaseRequest) -> web.Response:
+        return json_answer(models.models_by_region(self._fleet.candidates()))
+
+    def _openai_models(self, _request: web.BaseRequest) -> web.Response:
+        return json_answer(models.openai_models(self._fleet.candidates(), self._state.started_unix))
+
+    def _ollama_models(self, _request: web.BaseRequest) -> web.Response:
+        return json_answer(models.ollama_models(self._fleet.candidates(), self._state.started_unix))
+
+    def _costs(self, request: web.BaseRequest) -> web.Response:
+        since, by = request.query.get("since", "1h"), request.query.get("by", "provider")
+        if by not in Key._fields:
+            raise BadRequest(f"by: must be one of {', '.join(Key._fields)}, got {by[:40]!r}")
+        minutes = min(math.ceil(_seconds(since) / 60), MINUTES)
+        windows = self._telemetry.windows
+        groups = windows.totals(minutes, by=lambda key: getattr(key, by))
+        rows = [{by: name, **views.sums(totals)} for name, totals in groups.items()]
+        return json_answer(
+            {
+                "since": since,
+                "by": by,
+                "rows": sorted(rows, key=lambda row: (-row["usd"], row[by])),
+                "total_usd": round(sum(totals.usd for totals in groups.values()), 9),
+                "covered_seconds": round(windows.covered(minutes), 1),
+                "scope": "this process, since its start, at most one hour, in whole minutes",
+                "timestamp": self._telemetry.unix(),
+            }
+        )
+
+    def _regions(self, _request: web.BaseRequest) -> web.Response:
+        candidates, now = self._fleet.candidates(), self._fleet.now()
+        return json_answer(
+            {
+                "region": self._region,
+                "minutes": views.SPANS,
+                "regions": views.regions(candidates, now, self._telemetry.windows),
+                "timestamp": self._telemetry.unix(),
+            }
+        )
+
+    def _environment(self, _request: web.BaseRequest) -> web.Response:
+        return json_answer(
+            {name: "set" if self._env.get(name) else None for name in self._variables}
+        )
+
+    def _metrics(self, request: web.BaseRequest) -> web.Response:
+        accept = ",".join(request.headers.getall("Accept", ()))
+        candidates = self._fleet.candidates()
+        if prefers_text(accept):
+            body, content_type = self._telemetry.render(candidates, accept)
+            headers = {**HEADERS, "Content-Type": content_type}
+            return web.Response(body=body, headers=headers)
+        metrics = self._telemetry.metrics
+        answer = views.summary(candidates, self._fleet.now())
+        exchanges = dict.fromkeys(map(str, End), 0)
+        for (end, _), count in metrics.exchanges.items():
+            exchanges[end] += count
+        return json_answer({**answer, "queue_depth": metrics.queue_depth, "exchanges": exchanges})
+
+    async def _ws(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.method == "GET" and wants_upgrade(request):
+            try:
+                return await watch(request, self._telemetry)
+            except ProxyError as error:
+                return problem(request, error)
+        return await _PLAIN_WS(request)
+
+
+_PLAIN_WS = handler(
+    lambda _request: json_answer(
+        {"status": "ok", "message": "connect with a WebSocket client for live events"}
+    )
+)
+
+
+def _seconds(since: str) -> int:
+    found = _SINCE.fullmatch(since)
+    seconds = int(found[1]) * _UNITS[found[2]] if found else 0
+    if not seconds:
+        raise BadRequest(f"since: must be a time such as 30s, 15m, 1h or 7d, got {since[:40]!r}")
+    return seconds

@@ -1,0 +1,114 @@
+"""What the own routes show of the fleet: plain data from candidates, without HTTP.
+
+Numbers that are not known keep their type: 0.0 s, a success rate of 1.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...contracts import Candidate, Candidates, Live
+from ...ops.metrics import healthy
+from ...ops.windows import Totals, Windows
+from .models import names_of
+
+SPANS = (1, 5, 60)  # minutes
+
+
+def usable(live: Live, now: float) -> bool:
+    """Whether a request may go there: believed to work, or due for a trial."""
+    return healthy(live, now) or 0 < live.ejected_until <= now
+
+
+def provider(candidate: Candidate, now: float, unix: float, totals: Totals) -> dict[str, Any]:
+    """One entry of /providers. The first eight fields are read by old clients: types are fixed."""
+    backend, live = candidate.backend, candidate.live
+    ejected = live.ejected_until > now
+    return {
+        "name": backend.name,
+        "type": backend.provider,
+        "region": backend.region,
+        "healthy": healthy(live, now),
+        "cost_per_second": float(backend.price_per_second),
+        "avg_latency": round(live.latency or 0.0, 6),
+        "success_rate": round(live.success, 6),
+        "last_health_check": float(live.last_check),
+        "pool": backend.pool,
+        "in_flight": live.in_flight,
+        "max_in_flight": backend.max_in_flight,
+        "models": names_of(candidate),
+        "ejected_until": unix + live.ejected_until - now if ejected else None,
+        "check_latency": _rounded(live.check_latency),
+        "ttft_p50": _rounded(totals.ttft_quantile(0.5)),
+        "ttft_p95": _rounded(totals.ttft_quantile(0.95)),
+    }
+
+
+def sums(totals: Totals) -> dict[str, Any]:
+    """What some attempts add up to; null where nothing was measured."""
+    rate = totals.success_rate()
+    return {
+        "attempts": totals.attempts,
+        "good": totals.good,
+        "strikes": totals.strikes,
+        "success_rate": None if rate is None else round(rate, 4),
+        "seconds": round(totals.seconds, 3),
+        "usd": round(totals.usd, 9),
+        "tokens_in": totals.tokens_in,
+        "tokens_out": totals.tokens_out,
+        "ttft_p50": _rounded(totals.ttft_quantile(0.5)),
+        "ttft_p95": _rounded(totals.ttft_quantile(0.95)),
+    }
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)
+
+
+def regions(candidates: Candidates, now: float, windows: Windows) -> dict[str, Any]:
+    """Performance by region and provider: of every region that has a backend or had an attempt."""
+    spans = {n: windows.totals(n, by=lambda key: (key.region, key.provider)) for n in SPANS}
+    pairs = dict.fromkeys((c.backend.region, c.backend.provider) for c in candidates)
+    for groups in spans.values():
+        pairs.update(dict.fromkeys(groups))
+    found: dict[str, Any] = {}
+    for region, kind in pairs:
+        here = [c for c in candidates if c.backend.region == region]
+        entry = found.setdefault(
+            region,
+            {
+                "providers_total": len(here),
+                "providers_healthy": sum(healthy(c.live, now) for c in here),
+                "in_flight": sum(c.live.in_flight for c in here),
+                "windows": {str(n): sums(_of_region(spans[n], region)) for n in SPANS},
+                "providers": {},
+            },
+        )
+        entry["providers"][kind] = {
+            str(n): sums(spans[n].get((region, kind), Totals())) for n in SPANS
+        }
+    return found
+
+
+def _of_region(groups: Mapping[tuple[str, str], Totals], region: str) -> Totals:
+    whole = Totals()
+    for (where, _), totals in groups.items():
+        if where == region:
+            whole.add(totals)
+    return whole
+
+
+def summary(candidates: Candidates, now: float) -> dict[str, Any]:
+    """The fleet in numbers, as /metrics tells it in JSON."""
+    latencies = [c.live.latency for c in candidates if c.live.latency is not None]
+    rates = [c.live.success for c in candidates]
+    prices = [c.backend.price_per_second for c in candidates]
+    return {
+        "total_providers": len(candidates),
+        "healthy_providers": sum(healthy(c.live, now) for c in candidates),
+        "avg_latency": sum(latencies) / len(latencies) if latencies else 0.0,
+        "avg_success_rate": sum(rates) / len(rates) if rates else 1.0,
+        "cost_range": {"min": min(prices, default=0.0), "max": max(prices, default=0.0)},
+        "in_flight": sum(c.live.in_flight for c in candidates),
+    }

@@ -1,0 +1,118 @@
+"""From a client's request to an `Exchange`: target, hints, and a bounded look at a JSON body."""
+
+from __future__ import annotations
+
+import re
+from math import inf, isfinite
+
+import orjson
+
+from ..contracts import Exchange
+from ..errors import BadRequest
+from ..regions import canonical_region
+from ..wire.dialects import INFERENCE_ROUTES, Route
+from ..wire.headers import RequestHead
+
+LOOK_CAP = 256 << 10  # bytes; a larger body is searched at its beginning, not parsed
+
+_BAD_TARGET = re.compile(rb"[\x00-\x20\x7f#]")
+_ABSOLUTE = re.compile(rb"https?://(?:[^/?#@]*@)?([^/?#]*)", re.IGNORECASE)
+_MODEL = re.compile(rb'"model"\s*:\s*"((?:[^"\\]|\\.){1,256})"')
+_STREAM = re.compile(rb'"stream"\s*:\s*(true|false)')
+_BOOLS = {b"true": True, b"false": False}
+
+
+def read_target(raw: str, head: RequestHead) -> bytes:
+    """The request-target in origin-form, its bytes kept.
+
+    The authority of an absolute-form target takes the place of Host (RFC 9112 3.2.2).
+
+    Raises:
+        BadRequest: a target that two parsers could read in two ways.
+    """
+    target = raw.encode("utf-8", "surrogateescape")
+    if not target.startswith(b"/"):
+        absolute = _ABSOLUTE.match(target)
+        if absolute is None:
+            raise BadRequest("the request-target must start with /")
+        head.rebuilt[b"host"] = absolute[1]
+        target = target[absolute.end() :]
+        if not target.startswith(b"/"):
+            target = b"/" + target
+    if _BAD_TARGET.search(target):
+        raise BadRequest("the request-target holds a control character, a space or a fragment")
+    return target
+
+
+def route_of(method: str, path: str) -> Route | None:
+    """The inference route that this request is for, if any."""
+    return INFERENCE_ROUTES.get(path) if method == "POST" else None
+
+
+def read_hints(exchange: Exchange, head: RequestHead) -> None:
+    """Take the `X-Beacon-*` request headers into the exchange.
+
+    Raises:
+        BadRequest: a hint that cannot be read; to guess would spoil somebody's data.
+    """
+    hints = head.hints
+    if region := hints.get(b"region", b"").strip():
+        exchange.region = canonical_region(region.decode("latin-1"))
+    if (mode := hints.get(b"region-mode")) is not None:
+        exchange.region_mode = mode.strip().lower().decode("latin-1")
+        if exchange.region_mode not in ("prefer", "require"):
+            raise BadRequest("X-Beacon-Region-Mode must be prefer or require")
+    if (priority := hints.get(b"cost-priority")) is not None:
+        exchange.cost_priority = _BOOLS.get(priority.strip().lower())
+        if exchange.cost_priority is None:
+            raise BadRequest("X-Beacon-Cost-Priority must be true or false")
+    if (timeout := hints.get(b"timeout")) is not None:
+        exchange.deadline = exchange.started + _number(timeout, "X-Beacon-Timeout")
+    if (price := hints.get(b"max-price")) is not None:
+        exchange.max_price = _number(price, "X-Beacon-Max-Price")
+
+
+def _number(value: bytes, name: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = inf
+    if not isfinite(number) or number <= 0:
+        raise BadRequest(f"{name} must be a number above 0")
+    return number
+
+
+def look(exchange: Exchange, route: Route | None, body: bytes | None, start: bytes) -> None:
+    """Read `model` and `stream` from a JSON body; anything else in it is the backend's business.
+
+    `body` is None where it is too large to be kept; `start` is what there is of it.
+    """
+    streams = route is not None and route.streams
+    exchange.stream = streams
+    if body is not None and len(body) <= LOOK_CAP:
+        try:
+            document = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            return
+        if isinstance(document, dict):
+            model = document.get("model")
+            exchange.model = model if isinstance(model, str) and model else None
+            stream = document.get("stream")
+            exchange.stream = streams if stream is None else stream is True
+        return
+    found = _MODEL.search(start, 0, LOOK_CAP)
+    if found is not None:
+        try:
+            exchange.model = str(orjson.loads(b'"' + found[1] + b'"'))
+        except orjson.JSONDecodeError:
+            return
+    if (said := _STREAM.search(start, 0, LOOK_CAP)) is not None:
+        exchange.stream = said[1] == b"true"
+
+
+def is_json(head: RequestHead) -> bool:
+    """Whether the body may be JSON, by its Content-Type."""
+    for name, line in head.lines:
+        if name == b"content-type":
+            return b"json" in line.lower()
+    return True

@@ -1,0 +1,196 @@
+"""The composition root: settings and plugins in, a running proxy out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from typing import Any
+
+import uvloop
+
+from . import __version__
+from .api.admin import Admin
+from .api.cors import Cors
+from .api.inference import PATHS, Inference
+from .api.protocol import HEAD_TIMEOUT, BeaconServer
+from .api.server import Api, Limits
+from .config import Settings, resolve_backends
+from .ops.telemetry import Telemetry
+from .plugins import Plugins, build_middleware, build_provider
+from .routing.attempt import Wire
+from .routing.fleet import Fleet
+from .routing.pipeline import Chain, Pipeline
+from .wire.pool import Pool
+from .wire.wheel import Wheel
+
+BACKLOG = 1024  # connections the kernel holds while the loop is busy
+
+
+class App:
+    """One proxy in one event loop.
+
+    Attributes:
+        port: the port it listens on, once started.
+        draining: it takes no new connections and waits for open exchanges.
+        fleet, telemetry, pipeline: its parts, once started.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        plugins: Plugins,
+        *,
+        env: Mapping[str, str] | None = None,
+        log: Any = None,
+        head_timeout: float = HEAD_TIMEOUT,
+    ) -> None:
+        """`log` is a structlog logger, by default JSON lines on stdout; `head_timeout` in s."""
+        self._settings = settings
+        self._plugins = plugins
+        self._env = os.environ if env is None else env
+        self._head_timeout = head_timeout
+        self._stack = AsyncExitStack()
+        self._server: asyncio.Server | None = None
+        self._http: BeaconServer | None = None
+        self._wheel: Wheel | None = None
+        self._pool: Pool | None = None
+        self.port = 0
+        self.draining = False
+        self.started_unix = time.time()
+        self.backends = resolve_backends(settings, plugins)
+        self.telemetry = Telemetry(
+            region=settings.server.region, access_log=settings.server.access_log, log=log
+        )
+        self.fleet = Fleet(
+            self.backends,
+            {name: build_provider(cls) for name, cls in plugins.providers.items()},
+            version=__version__,
+        )
+        self.pipeline: Pipeline
+
+    async def start(self) -> None:
+        """Bind first, probe after: a platform that waits for the port is not kept waiting.
+
+        Raises:
+            OSError: the address cannot be listened on.
+        """
+        loop = asyncio.get_running_loop()
+        server = self._settings.server
+        self._wheel = Wheel(loop)
+        self._pool = Pool(loop, self._wheel)
+        chain = Chain.of(self._middlewares())
+        self.pipeline = Pipeline(
+            self.fleet, chain, Wire(loop, self._wheel, self._pool), self.telemetry
+        )
+        self._http = BeaconServer(
+            self._api().handle, self._refused, head_timeout=self._head_timeout
+        )
+        self._server = await loop.create_server(
+            self._http, server.host, server.port, backlog=BACKLOG, reuse_address=True
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+        await self.fleet.open()
+        self._stack.push_async_callback(self.fleet.close)
+        for lifespan in chain.lifespans:
+            await self._stack.enter_async_context(lifespan(self.fleet))
+        for warning in self._settings.warnings:
+            self.telemetry.notify("config.ignored", warning=warning)
+        self.telemetry.notify(
+            "server.started", port=self.port, backends=len(self.backends), version=__version__
+        )
+
+    def _middlewares(self) -> list[object]:
+        return [
+            build_middleware(
+                self._plugins.middleware[entry.name],
+                entry.options,
+                clock=time.monotonic,
+                rng=random.Random(),
+                region=self._settings.server.region,
+                notify=self.telemetry.notify,
+            )
+            for entry in self._settings.middleware
+        ]
+
+    def _api(self) -> Api:
+        settings = self._settings
+        admin = Admin(
+            settings=settings,
+            fleet=self.fleet,
+            telemetry=self.telemetry,
+            providers=self.fleet.providers,
+            env=self._env,
+            version=__version__,
+            state=self,
+        )
+        inference = Inference(self.pipeline, self.fleet)
+        return Api(
+            self.pipeline,
+            self.telemetry,
+            admin.routes,
+            dict.fromkeys(PATHS, inference),
+            Limits(settings.server.max_body_size, settings.timeouts.idle, settings.timeouts.total),
+            Cors(settings.server.cors_origins),
+            self,
+            time.monotonic,
+        )
+
+    def _refused(self, status: int, reason: str) -> None:
+        self.telemetry.notify("request.refused", status=status, reason=reason)
+
+    async def stop(self, drain: float | None = None) -> None:
+        """Stop accepting, let open exchanges finish for `drain` seconds, then cut the rest.
+
+        `drain` is by default `server.drain_timeout`. Safe to call twice.
+        """
+        self.draining = True
+        if self._server is None or self._http is None:
+            return
+        server, self._server = self._server, None
+        seconds = self._settings.server.drain_timeout if drain is None else drain
+        self.telemetry.notify("server.draining", seconds=seconds)
+        server.close()
+        self._http.pre_shutdown()
+        deadline = time.monotonic() + seconds
+        while self._http.connections and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        await self._http.shutdown(0.05)
+        await self._stack.aclose()
+        if self._pool is not None and self._wheel is not None:
+            self._pool.close()
+            self._wheel.close()
+        self.telemetry.notify("server.stopped")
+
+
+def run(settings: Settings, plugins: Plugins) -> int:
+    """Serve until SIGTERM or SIGINT, drain, and return the exit status.
+
+    A second signal stops at once. Raises OSError where the address cannot be listened on.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(App(settings, plugins)))
+
+
+async def _serve(app: App) -> int:
+    loop = asyncio.get_running_loop()
+    first, second = asyncio.Event(), asyncio.Event()
+
+    def told() -> None:
+        (second if first.is_set() else first).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told)
+    await app.start()
+    await first.wait()
+    draining = asyncio.create_task(app.stop(), name="app.stop")
+    hurry = asyncio.create_task(second.wait(), name="app.hurry")
+    await asyncio.wait((draining, hurry), return_when=asyncio.FIRST_COMPLETED)
+    for task in (draining, hurry):
+        task.cancel()
+    await asyncio.gather(draining, hurry, return_exceptions=True)
+    return 0

@@ -1,0 +1,194 @@
+"""beacon.yaml and the environment to `Settings`, and those to backends.
+
+Everything is looked at before anything is refused: an operator sees all problems at once.
+Precedence: env `PORT`, file, env `FLY_REGION`, default. Rows of backends come from the file where
+it has the key, else from the environment by way of each provider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..contracts import Backend, Headers, Provider, Timeouts, canonical_model
+from ..errors import ConfigError
+from ..plugins import Plugins, build_provider
+from ..regions import canonical_region, region_of_fly
+from .backends import BackendSettings
+from .checks import check_chain, check_names, check_references, check_rows
+from .document import put_in, read, veiled
+from .problems import Place, dotted, lines, shown
+from .settings import MiddlewareEntry, Settings, TimeoutSettings
+from .values import split_url
+
+__all__ = ["MiddlewareEntry", "Settings", "load_settings", "make_settings", "resolve_backends"]
+
+DEFAULT_FILE = Path("beacon.yaml")
+
+
+def load_settings(path: Path | None, env: Mapping[str, str], plugins: Plugins) -> Settings:
+    """Read and check the configuration; without a path `./beacon.yaml` if there, else `env` alone.
+
+    Raises:
+        ConfigError: with every problem there is.
+    """
+    if path is None and DEFAULT_FILE.exists():
+        path = DEFAULT_FILE
+    return make_settings(read(path) if path else {}, env, plugins)
+
+
+def make_settings(written: Mapping[str, Any], env: Mapping[str, str], plugins: Plugins) -> Settings:
+    """Check a document, as `load_settings` does with that of a file."""
+    unset: list[str] = []
+    content: dict[str, Any] = put_in(dict(written), env, unset)
+    found: list[str] = []
+    providers = {name: build_provider(cls) for name, cls in sorted(plugins.providers.items())}
+    content["server"] = _server(content.get("server", {}), env, found)
+    rows_of_env: list[dict[str, Any]] = []
+    if "backends" not in content:
+        rows_of_env = _environment(providers, env, content["server"], found)
+        content["backends"] = rows_of_env
+        written = {**written, "backends": rows_of_env}
+    elif content["backends"] == []:
+        found.append(_how_to_add_one(providers))
+    content["middleware"] = check_chain(
+        content.get("middleware"), written.get("middleware"), plugins, found
+    )
+    place = _places(rows_of_env)
+    check_rows(content["backends"], providers, content.get("rates"), place, found)
+    check_names(content["backends"], lambda i: place(("backends", i, "name")), found)
+    check_names(content.get("budgets"), lambda i: f"budgets[{i}].name", found)
+    check_references(content, [*providers], found)
+    try:
+        settings = Settings.model_validate(content)
+    except ValidationError as exc:
+        found[:0] = lines(exc, Settings, written, place)
+    if unset or found:  # raised out here, so that no traceback holds what pydantic was given
+        raise ConfigError([*unset, *veiled(_beside(unset, found), written, env)])
+    return settings
+
+
+def _beside(unset: list[str], found: list[str]) -> list[str]:
+    """The problems at other places than those whose variable is not set anyway."""
+    places = {line.partition(": ")[0] for line in unset}
+    return [line for line in found if line.partition(": ")[0] not in places]
+
+
+def _server(section: Any, env: Mapping[str, str], found: list[str]) -> Any:
+    """The server section with what the environment says over and under it."""
+    if not isinstance(section, dict):
+        return section
+    server = {key: value for key, value in section.items() if (key, value) != ("region", None)}
+    if port := env.get("PORT", "").strip():
+        if port.isascii() and port.isdecimal() and len(port) <= 5 and int(port) <= 65535:
+            server["port"] = int(port)
+        else:
+            found.append(f"environment.PORT: must be a whole number in 0..65535, got {shown(port)}")
+    if "region" not in server and (code := env.get("FLY_REGION", "").strip()):
+        server["region"] = region_of_fly(code)
+    return server
+
+
+def _environment(
+    providers: Mapping[str, Provider], env: Mapping[str, str], server: Any, found: list[str]
+) -> list[dict[str, Any]]:
+    """The rows of backends that the environment gives, provider by provider."""
+    said = server.get("region") if isinstance(server, dict) else None
+    region = canonical_region(said) if isinstance(said, str) else _default_region()
+    rows: list[dict[str, Any]] = []
+    refused = False
+    for name, provider in providers.items():
+        try:
+            rows += [{"provider": name, **row} for row in provider.from_environment(env, region)]
+        except ConfigError as exc:
+            refused = True
+            found += exc.problems
+    if not rows and not refused:
+        found.append(_how_to_add_one(providers))
+    return rows
+
+
+def _default_region() -> str:
+    return Settings().server.region
+
+
+def _places(rows_of_env: list[dict[str, Any]]) -> Callable[[Place], str]:
+    """How a place is called: a row that the environment gave is called by its name."""
+
+    def place(at: Place) -> str:
+        if rows_of_env and at[:1] == ("backends",) and len(at) > 1 and isinstance(at[1], int):
+            return dotted(("environment", str(rows_of_env[at[1]].get("name")), *at[2:]))
+        return dotted(at)
+
+    return place
+
+
+def _how_to_add_one(providers: Mapping[str, Provider]) -> str:
+    names = [variable for provider in providers.values() for variable in provider.environment]
+    return (
+        "backends: there is none; add one to beacon.yaml, such as"
+        " `backends: [{name: local, provider: openai, url: http://127.0.0.1:11434}]`,"
+        f" or set the environment ({', '.join(names) or 'no installed provider reads it'})"
+    )
+
+
+def resolve_backends(settings: Settings, plugins: Plugins) -> tuple[Backend, ...]:
+    """Turn the rows into backends, with what the provider and the global sections leave to them.
+
+    Raises:
+        ConfigError: with every backend that its provider cannot use as configured.
+    """
+    providers = {
+        name: build_provider(plugins.providers[name])
+        for name in {row.provider for row in settings.backends}
+    }
+    backends = tuple(_backend(row, providers[row.provider], settings) for row in settings.backends)
+    found = [
+        f"backends[{number}].{problem}"
+        for number, backend in enumerate(backends)
+        if (problem := providers[backend.provider].problem(backend)) is not None
+    ]
+    if found:
+        raise ConfigError(found)
+    return backends
+
+
+def _backend(row: BackendSettings, provider: Provider, settings: Settings) -> Backend:
+    scheme, host, port, base_path = split_url(row.url)
+    price = row.price_per_second
+    return Backend(
+        name=row.name,
+        provider=row.provider,
+        url=row.url,
+        scheme=scheme,
+        host=host,
+        port=port,
+        base_path=base_path,
+        region=row.region or settings.server.region,
+        pool=row.pool or provider.pool,
+        price_per_second=provider.price_per_second if price is None else price,
+        max_in_flight=row.max_in_flight,
+        models=None if row.models is None else frozenset(map(canonical_model, row.models)),
+        model_names=tuple(row.models or ()),
+        api_key=row.api_key.get_secret_value() if row.api_key else "",
+        kind=row.kind if row.kind in provider.kinds else provider.kinds[0],
+        headers=_headers(row),
+        timeouts=_timeouts(row, settings.timeouts),
+        tls_verify=row.tls.verify,
+        tls_ca_file=row.tls.ca_file,
+    )
+
+
+def _headers(row: BackendSettings) -> Headers:
+    return tuple(
+        (name.encode("ascii"), value.get_secret_value().strip(" \t").encode())
+        for name, value in row.headers.items()
+    )
+
+
+def _timeouts(row: BackendSettings, common: TimeoutSettings) -> Timeouts:
+    own = row.timeouts.model_dump(exclude_none=True)
+    return Timeouts(**{**common.model_dump(), **own})

@@ -1,0 +1,147 @@
+"""The shape of `backends` and `discovery`: one GPU server, and where more of them are found."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from .values import (
+    Count,
+    HeaderName,
+    HeaderValue,
+    Name,
+    NotNegative,
+    Pool,
+    Positive,
+    Region,
+    Secret,
+    Section,
+    Source,
+    Text,
+    Url,
+)
+
+
+class BackendTimeouts(Section):
+    """Limits that differ for one backend; a key left out is as in `timeouts`."""
+
+    connect: NotNegative | None = Field(default=None, description="s; default: timeouts.connect")
+    first_content: NotNegative | None = Field(
+        default=None, description="s; default: timeouts.first_content"
+    )
+    document: NotNegative | None = Field(default=None, description="s; default: timeouts.document")
+    idle: NotNegative | None = Field(default=None, description="s; default: timeouts.idle")
+    total: NotNegative | None = Field(default=None, description="s; default: timeouts.total")
+
+
+class Tls(Section):
+    """How the certificate of an https backend is checked."""
+
+    verify: bool = Field(default=True, description="check certificate and host name")
+    ca_file: Text | None = Field(
+        default=None, description="PEM file of the authorities to trust; default: the system's"
+    )
+
+
+class TokenPrice(Section):
+    """A price by tokens instead of seconds."""
+
+    input: NotNegative = Field(description="USD per million input tokens")
+    output: NotNegative = Field(description="USD per million output tokens")
+
+
+class BackendSettings(Section):
+    """One GPU server."""
+
+    name: Name = Field(description="unique name, for logs, metrics and X-Beacon-Backend")
+    provider: Text = Field(
+        description="golem, modal, runpod, openai (any OpenAI-, Anthropic- or Ollama-compatible"
+        " server) or an installed plugin",
+        examples=["golem", "modal", "runpod", "openai"],
+    )
+    url: Url = Field(
+        description="http:// or https:// base URL",
+        examples=["http://127.0.0.1:11434"],
+    )
+    region: Region | None = Field(
+        default=None,
+        description="where it runs; default: the region of this instance",
+        examples=["us-east", "eu-west", "asia-pacific"],
+    )
+    kind: Text = Field(
+        default="auto",
+        description="API of the backend; runpod: auto, queue, openai, load_balancing;"
+        " modal: auto, function, server; golem: auto, ollama, openai, inference",
+    )
+    pool: Pool | None = Field(
+        default=None, description="baseline or burst; default: golem baseline, the others burst"
+    )
+    price_per_second: NotNegative | None = Field(
+        default=None,
+        description="USD per second; default by provider: golem .0001, runpod .00025, modal .0003",
+        examples=[0.0001],
+    )
+    max_in_flight: Count = Field(default=8, description="requests at once")
+    models: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        default=None,
+        description="models it serves; left out: asked of the backend where that is free, else any",
+        examples=[["llama3.2:1b"]],
+    )
+    api_key: Secret | None = Field(
+        default=None,
+        description="credential, best as ${RUNPOD_API_KEY}; replaces the client's Authorization;"
+        " modal: wk-…:ws-… becomes Modal-Key and Modal-Secret",
+    )
+    headers: dict[HeaderName, HeaderValue] = Field(
+        default={},
+        description="headers added to each request to this backend",
+        examples=[{"X-Team": "research"}],
+    )
+    timeouts: BackendTimeouts = Field(
+        default=BackendTimeouts(), description="limits that differ for this backend"
+    )
+    tls: Tls = Field(default=Tls(), description="how its certificate is checked")
+    control_url: Url | None = Field(
+        default=None,
+        description="where free health lives; default: derived from url",
+        examples=["https://api.runpod.ai/v2/ENDPOINT_ID"],
+    )
+    price_model: Literal["serverless", "rented"] = Field(
+        default="serverless",
+        description="serverless: billed while running; rented: by the hour, busy or idle",
+    )
+    price_per_hour: NotNegative | None = Field(
+        default=None,
+        description="USD per hour, for rented",
+        examples=[0.5],
+    )
+    price_glm_per_hour: NotNegative | None = Field(
+        default=None,
+        description="GLM per hour, for rented; needs rates: {GLM: …}",
+        examples=[2.0],
+    )
+    price_per_million_tokens: TokenPrice | None = Field(
+        default=None, description="USD per million tokens; replaces seconds where tokens are billed"
+    )
+    aliases: dict[Text, Text] = Field(
+        default={},
+        description="a client's name of a model: this backend's name of it",
+        examples=[{"llama3.2:1b": "meta-llama/Llama-3.2-1B-Instruct"}],
+    )
+
+
+class Discovery(Section):
+    """A source of backends that come and go; exactly one of file, url and dns."""
+
+    provider: Text = Field(description="provider of the backends found")
+    file: Text | None = Field(default=None, description="JSON file with an array of backend rows")
+    url: Source | None = Field(default=None, description="URL that answers such an array")
+    dns: Text | None = Field(default=None, description="name with SRV, A or AAAA records")
+    interval: Positive = Field(default=10.0, description="s between two looks")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if sum(source is not None for source in (self.file, self.url, self.dns)) != 1:
+            raise ValueError("must have exactly one of file, url and dns")
+        return self

@@ -1,0 +1,201 @@
+"""What no model can see alone: plugins, names used twice, files, one section against another.
+
+These checks read the plain document, not the models, so that they speak in the same breath as the
+validation of the models, whatever that finds.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..contracts import Provider
+from ..plugins import Plugins, chosen_options, option_model
+from .problems import Place, dotted, first_field, lines, meant, shown
+from .settings import MiddlewareEntry
+
+DEFAULT_CHAIN = ("health", "region", "cost", "capacity", "failover")
+
+
+def check_chain(
+    content: Any, written: Any, plugins: Plugins, problems: list[str]
+) -> list[MiddlewareEntry]:
+    """Check the middleware section; None stands for the default chain.
+
+    Args:
+        content: the section with its variables put in.
+        written: the same as in the file, for messages.
+        plugins: what is installed.
+        problems: where lines are added.
+    """
+    if content is None:
+        content = written = list(DEFAULT_CHAIN)
+    if not isinstance(content, list):
+        problems.append(f"middleware: must be a list, got {shown(written)}")
+        return []
+    chain: list[MiddlewareEntry] = []
+    seen: set[str] = set()
+    for index, (item, original) in enumerate(zip(content, written, strict=True)):
+        at = f"middleware[{index}]"
+        link = _link(item)
+        if link is None:
+            problems.append(
+                f"{at}: must be a name, or one name with its options indented under it,"
+                f" got {_listed(item) if isinstance(item, dict) else shown(original)}"
+            )
+            continue
+        name, options = link
+        if name not in plugins.middleware:
+            problems.append(f"{at}: unknown middleware {_unknown(name, plugins.middleware)}")
+        elif name in seen:
+            problems.append(f"{at}: {name} is listed twice")
+        else:
+            raw = original.get(name) if isinstance(original, dict) else {}
+            checked = check_options(name, plugins.middleware[name], options, raw, problems)
+            chain.append(MiddlewareEntry(name=name, options=checked))
+        seen.add(name)
+    return chain
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    near, installed = meant(name, known), ", ".join(sorted(known)) or "none"
+    return f"{shown(name)}{near or ';'} installed: {installed}"
+
+
+def _link(item: Any) -> tuple[str, Any] | None:
+    if isinstance(item, str):
+        return item, {}
+    if isinstance(item, dict) and len(item) == 1:
+        ((name, options),) = item.items()
+        return str(name), {} if options is None else options
+    return None
+
+
+def _listed(item: Mapping[Any, Any]) -> str:
+    return "the keys " + ", ".join(map(str, item)) if item else "an empty mapping"
+
+
+def check_options(
+    name: str, cls: type, options: Any, written: Any, problems: list[str]
+) -> dict[str, Any]:
+    """Check the options of one middleware by its fields and by making one; return the good."""
+    model = option_model(cls)
+
+    def place(inside: Place) -> str:
+        return dotted(("middleware", name, *inside))
+
+    try:
+        good = chosen_options(model.model_validate(options))
+    except ValidationError as exc:
+        problems += lines(exc, model, written, place)
+        if not isinstance(options, dict):
+            return {}
+        bad = {detail["loc"][0] for detail in exc.errors(include_url=False) if detail["loc"]}
+        try:  # once more without those, so that the plugin's own checks see the rest
+            rest = {key: value for key, value in options.items() if key not in bad}
+            good = chosen_options(model.model_validate(rest))
+        except ValidationError:
+            return {}
+    while (problem := _refusal(cls, good)) is not None:
+        field = first_field(problem)
+        problems.append(f"middleware.{name}{'.' if field else ': '}{problem}")
+        if field is None or field not in good:
+            break
+        del good[field]  # and look whether the others stand
+    return good
+
+
+def _refusal(cls: type, options: Mapping[str, Any]) -> str | None:
+    """What a plugin says against its options, on one line."""
+    try:
+        cls(**options)
+    except (TypeError, ValueError) as exc:
+        return " ".join(str(exc).split())
+    return None
+
+
+def check_rows(
+    rows: Any,
+    providers: Mapping[str, Provider],
+    rates: Any,
+    place: Callable[[Place], str],
+    problems: list[str],
+) -> None:
+    """Check backend rows against the installed providers, the rates and the files they name."""
+    for index, row in _mappings(rows):
+        at = ("backends", index)
+        name = row.get("provider")
+        provider = providers.get(name) if isinstance(name, str) else None
+        if isinstance(name, str) and name and provider is None:
+            problems.append(
+                f"{place((*at, 'provider'))}: unknown provider {_unknown(name, providers)}"
+            )
+        kind = row.get("kind", "auto")
+        if provider and isinstance(kind, str) and kind not in ("", "auto", *provider.kinds):
+            problems.append(
+                f"{place((*at, 'kind'))}: must be one of {', '.join(provider.kinds)}"
+                f" for provider {name}, got {shown(kind)}"
+            )
+        if row.get("price_glm_per_hour") is not None and not _has(rates, "GLM"):
+            problems.append(
+                f"{place((*at, 'price_glm_per_hour'))}: needs rates: {{GLM: USD per GLM}}"
+            )
+        tls = row.get("tls")
+        ca_file = tls.get("ca_file") if isinstance(tls, dict) else None
+        if isinstance(ca_file, str) and ca_file and (wrong := _no_authorities(ca_file)):
+            problems.append(f"{place((*at, 'tls', 'ca_file'))}: {wrong}, got {shown(ca_file)}")
+
+
+def check_names(rows: Any, place: Callable[[int], str], problems: list[str]) -> None:
+    """Check that no two rows of a list have one name."""
+    first: dict[str, int] = {}
+    for index, row in _mappings(rows):
+        name = row.get("name")
+        if isinstance(name, str) and first.setdefault(name, index) != index:
+            problems.append(
+                f"{place(index)}: must be unique, got {shown(name)} as {place(first[name])} has"
+            )
+
+
+def check_references(content: Mapping[str, Any], known: Sequence[str], problems: list[str]) -> None:
+    """Check what discovery and budgets name: providers, pools and backends."""
+    for index, source in _mappings(content.get("discovery")):
+        name = source.get("provider")
+        if isinstance(name, str) and name and name not in known:
+            problems.append(
+                f"discovery[{index}].provider: unknown provider {_unknown(name, known)}"
+            )
+    names = [str(row.get("name")) for _, row in _mappings(content.get("backends"))]
+    # What discovery finds has names that nobody knows yet.
+    choices = {"pool": ["baseline", "burst"], "provider": [*known]}
+    if not content.get("discovery"):
+        choices["backend"] = names
+    for index, budget in _mappings(content.get("budgets")):
+        kind, colon, name = str(budget.get("scope", "all")).partition(":")
+        if colon and name and name not in choices.get(kind, [name]):
+            problems.append(
+                f"budgets[{index}].scope: there is no {kind} {name}{meant(name, choices[kind])}"
+            )
+
+
+def _mappings(rows: Any) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    if isinstance(rows, list):
+        yield from ((i, row) for i, row in enumerate(rows) if isinstance(row, dict))
+
+
+def _has(section: Any, key: str) -> bool:
+    return isinstance(section, dict) and key in section
+
+
+def _no_authorities(file: str) -> str | None:
+    """Why a file gives no certificates to trust; None if it does."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
+    except ssl.SSLError:
+        return "must hold certificates in PEM form"
+    except OSError as exc:
+        return f"cannot be read: {exc.strerror}"
+    return None

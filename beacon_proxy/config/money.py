@@ -1,0 +1,75 @@
+"""The shape of `ledger`, `budgets`, `limits` and `alerts`: what may be spent and who is told."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from .values import Hook, Name, NotNegative, Positive, Scope, Secret, Section, Token
+
+
+class Ledger(Section):
+    """The record of what was spent."""
+
+    path: str = Field(default="beacon.db", description='SQLite file; "": off')
+    flush_interval: Positive = Field(default=0.25, description="s between two writes")
+    retention_days: Positive = Field(default=90.0, description="days that an attempt is kept")
+
+
+class Budget(Section):
+    """A limit on what may be spent."""
+
+    name: Name = Field(description="unique name, told to who runs into it")
+    scope: Scope = Field(
+        default="all",
+        description="all, tenant, pool:burst, provider:modal, backend:NAME or region:eu-west",
+    )
+    per: Literal["minute", "hour", "day", "month"] = Field(description="minute, hour, day or month")
+    usd: NotNegative = Field(description="USD that may be spent in that time")
+
+
+class Limits(Section):
+    """Limits for a single request and who is asking."""
+
+    max_price_per_request: NotNegative | None = Field(
+        default=None,
+        description="USD that one request may cost, by the estimate",
+        examples=[0.01],
+    )
+    tenant_header: Token | None = Field(
+        default=None,
+        description="header that names the tenant",
+        examples=["X-Tenant"],
+    )
+
+
+class Webhook(Section):
+    """Where alerts are sent."""
+
+    url: Hook = Field(description="URL that takes the POST; kept secret")
+    secret: Secret | None = Field(
+        default=None, description="key of the signature (Standard Webhooks), best as ${VARIABLE}"
+    )
+
+
+class Rule(Section):
+    """When an alert begins."""
+
+    above: Positive = Field(description="share, 0..1")
+    for_: NotNegative = Field(default=60.0, alias="for", description="s that it must last")
+
+
+class Rules(Section):
+    """The alerts that there are."""
+
+    pool_utilisation: Rule | None = Field(
+        default=None, description="in-flight share of a pool's room"
+    )
+
+
+class Alerts(Section):
+    """Who is told what."""
+
+    webhooks: list[Webhook] = Field(default=[], description="receivers of alerts")
+    rules: Rules = Field(default=Rules(), description="when an alert begins")

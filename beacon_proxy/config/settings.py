@@ -1,0 +1,126 @@
+"""The shape of beacon.yaml: every key, its type, bounds, default and what it means.
+
+These models are the one source: beacon.schema.json and beacon.example.yaml are made from them
+(`python -m beacon_proxy.schema --write`). The options of a middleware belong to its plugin.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field, model_validator
+
+from .backends import BackendSettings, Discovery
+from .money import Alerts, Budget, Ledger, Limits
+from .values import Count, NotNegative, Origin, Port, Positive, Region, Section, Text
+
+
+class Server(Section):
+    """How this instance listens."""
+
+    host: Text = Field(default="0.0.0.0", description="address to listen on")
+    port: Port = Field(
+        default=8080, description="TCP port; 0: any free one; env PORT wins over the file"
+    )
+    region: Region = Field(
+        default="us-east",
+        description="region of this instance; default: from env FLY_REGION, else us-east",
+    )
+    drain_timeout: NotNegative = Field(
+        default=30.0, description="s that open exchanges may take to finish after SIGTERM"
+    )
+    max_body_size: Count = Field(
+        default=104857600, description="bytes of a request body; above: 413"
+    )
+    access_log: bool = Field(default=True, description="one JSON line an exchange on stdout")
+    cors_origins: list[Origin] = Field(
+        default=[],
+        description="origins that browsers may call from; off when empty",
+        examples=[["https://portal.example"]],
+    )
+
+
+class TimeoutSettings(Section):
+    """Limits of one attempt; 0 switches one off."""
+
+    connect: NotNegative = Field(default=2.0, description="s to connect, TLS included; 0: none")
+    first_content: NotNegative = Field(
+        default=120.0,
+        description="s from sending to the first content of a stream, or any head; 0: none",
+    )
+    document: NotNegative = Field(
+        default=600.0, description="s for a whole answer that is not streamed; 0: none"
+    )
+    idle: NotNegative = Field(default=60.0, description="s between two pieces, either way; 0: none")
+    total: NotNegative = Field(default=0.0, description="s for the whole exchange; 0: none")
+
+
+class MiddlewareEntry(Section):
+    """One link of the chain: the name of a plugin and its options."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        """Accept `health` and `{health: {…}}`, as beacon.yaml has them."""
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and len(value) == 1 and "name" not in value:
+            ((name, options),) = value.items()
+            return {"name": name, "options": options or {}}
+        return value
+
+
+class Settings(Section):
+    """The configuration of beacon-proxy."""
+
+    server: Server = Field(default=Server(), description="how this instance listens")
+    timeouts: TimeoutSettings = Field(
+        default=TimeoutSettings(), description="limits of one attempt; a backend may override each"
+    )
+    backends: list[BackendSettings] = Field(
+        default=[], description="the GPU servers; left out: those of the environment"
+    )
+    middleware: list[MiddlewareEntry] = Field(
+        default=[],
+        description="the chain, in order; left out: health, region, cost, capacity, failover",
+    )
+    discovery: list[Discovery] = Field(
+        default=[], description="sources of backends that come and go"
+    )
+    ledger: Ledger = Field(default=Ledger(), description="the record of what was spent")
+    budgets: list[Budget] = Field(default=[], description="limits on what may be spent")
+    limits: Limits = Field(default=Limits(), description="limits for a single request")
+    alerts: Alerts = Field(default=Alerts(), description="who is told what")
+    rates: dict[Text, Positive] = Field(
+        default={}, description="USD per unit of a currency", examples=[{"GLM": 0.25}]
+    )
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is set, and valid, but has no effect in this version; one line a key."""
+        later = ["discovery", "ledger", "budgets", "limits", "alerts", "rates"]
+        paths = [key for key in later if getattr(self, key) != _default(Settings, key)]
+        for index, row in enumerate(self.backends):
+            paths += [
+                f"backends[{index}].{key}"
+                for key in _LATER_IN_BACKENDS
+                if getattr(row, key) != _default(BackendSettings, key)
+            ]
+        return [f"{path}: accepted, but this version does not act on it yet" for path in paths]
+
+
+_LATER_IN_BACKENDS = (
+    "control_url",
+    "price_model",
+    "price_per_hour",
+    "price_glm_per_hour",
+    "price_per_million_tokens",
+    "aliases",
+)
+
+
+def _default(model: type[BaseModel], key: str) -> Any:
+    return model.model_fields[key].default

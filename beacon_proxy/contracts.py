@@ -1,0 +1,415 @@
+"""The words that every part of beacon-proxy shares, and the shapes of its plugins.
+
+An *exchange* is one client request. It makes one or more *attempts*, each at one *backend*; the
+record of an attempt is its *outcome*. A *candidate* is a backend still in the running for the next
+attempt, a *permit* a slot taken on a backend, and *commit* the moment the first content of an answer
+goes to the client: from there on nothing is retried.
+
+Rule 1: this module imports the standard library and multidict alone, so that a plugin outside this
+tree depends on nothing but it and `errors`.
+Rule 2: plugins decide, the core moves bytes. No phase sees a body piece of an answer.
+Rule 3: times are float seconds of the monotonic clock unless a name says `unix`; sizes are int bytes;
+money is USD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import aiohttp
+
+Clock = Callable[[], float]
+Headers = tuple[tuple[bytes, bytes], ...]  # as on the wire: order, case and repeats kept
+
+
+class Notify(Protocol):
+    def __call__(self, event: str, /, **fields: Any) -> None:
+        """Tell the operator: one log line, and a live event for who listens on /ws.
+
+        `event` is `noun.verb-past`, e.g. `backend.ejected`; fields carry their unit in their name.
+        """
+        ...
+
+
+def tell_nobody(event: str, /, **fields: Any) -> None:
+    """The `Notify` of a plugin that stands alone, as in its own test."""
+
+
+class Dialect(StrEnum):
+    """The API family that a path speaks; it fixes error shape, first content and end marker."""
+
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+    OLLAMA = "ollama"
+    BEACON = "beacon"  # the translated /inference route
+    UNKNOWN = "unknown"
+
+
+class Verdict(StrEnum):
+    """What an outcome says about its backend; the four classes of failure are never mixed."""
+
+    GOOD = "good"
+    CALLER = "caller"  # a 4xx: the request is at fault, nothing is learnt about the backend
+    BUSY = "busy"  # back-pressure (429, 503): step aside for `retry_after`, no strike
+    STRIKE = "strike"  # 5xx, transport, stall, malformed
+    NEUTRAL = "neutral"  # the client left, or its deadline passed
+
+
+class Stage(StrEnum):
+    """How far an attempt had come when it ended."""
+
+    QUEUE = "queue"
+    CONNECT = "connect"
+    SEND = "send"
+    HEAD = "head"  # sent, no answer head yet
+    CONTENT = "content"  # head seen, first content not yet
+    STREAM = "stream"  # committed
+    DONE = "done"
+
+
+class Fault(StrEnum):
+    """Why an attempt did not end well; bounded, so it may be a metric label."""
+
+    DNS = "dns"
+    REFUSED = "refused"
+    TLS = "tls"
+    TIMEOUT = "timeout"
+    RESET = "reset"
+    CLOSED = "closed"  # an orderly close where more had to come
+    MALFORMED = "malformed"  # not HTTP, or framing that cannot be trusted
+    TRUNCATED = "truncated"  # the message ended, its dialect's end marker never came
+    EMPTY = "empty"  # a 200 that says nothing
+    NOT_JSON = "not_json"  # e.g. a captive portal's 200
+    ERROR_BODY = "error_body"  # an error behind a 200
+    STATUS = "status"  # the backend answered with an error status
+    BUSY = "busy"  # it answered that it has no room
+    LOADING = "loading"  # it answered that its model is not ready yet
+    UNAUTHORIZED = "unauthorized"  # it refused the credential that this proxy holds for it
+    GONE = "gone"  # the app or endpoint behind the URL does not exist (any more)
+    DEADLINE = "deadline"  # the client's own deadline, or the total time, ran out
+    CLIENT_CLOSED = "client_closed"
+    INTERNAL = "internal"
+
+
+class End(StrEnum):
+    """How an exchange ended: exactly one of these, always."""
+
+    COMPLETE = "complete"
+    ERROR = "error"  # an explicit error, or a visibly broken stream
+    CLIENT_CLOSED = "client_closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Limits of one attempt; 0 switches one off."""
+
+    connect: float = 2.0  # s, TCP and TLS
+    first_content: float = 120.0  # s, from sending to the first content of a stream, or to any head
+    document: float = 600.0  # s, a whole answer that is not streamed
+    idle: float = 60.0  # s, between two pieces, either way
+    total: float = 0.0  # s, the whole exchange
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One GPU server as configured: facts, no state."""
+
+    name: str
+    provider: str
+    url: str  # as configured, for messages to the operator only
+    scheme: str  # http | https
+    host: str  # no brackets around an IPv6 address
+    port: int
+    base_path: str = ""  # no trailing slash
+    region: str = ""  # canonical
+    pool: str = "burst"  # baseline | burst
+    price_per_second: float = 0.0  # USD
+    max_in_flight: int = 8
+    models: frozenset[str] | None = None  # canonical names as configured; None: ask, else any
+    model_names: tuple[str, ...] = ()  # the same as configured
+    api_key: str = field(default="", repr=False)
+    kind: str = "auto"
+    headers: Headers = field(default=(), repr=False)  # added to each request to this backend
+    timeouts: Timeouts = Timeouts()
+    tls_verify: bool = True
+    tls_ca_file: str | None = None
+
+
+@dataclass(slots=True)
+class Live:
+    """What is known of one backend right now. The core writes traffic, health writes health."""
+
+    in_flight: int = 0
+    picked: int = 0  # attempts begun, ever: the round-robin tie-break
+    healthy: bool = True
+    ejected_until: float = 0.0  # monotonic s; 0: not ejected
+    resting_until: float = 0.0  # monotonic s: it asked to be left alone (Retry-After)
+    last_check: float = 0.0  # unix s; 0: never
+    check_latency: float | None = None  # s
+    models: frozenset[str] | None = None  # canonical names it was found to serve; None: not known
+    model_names: tuple[str, ...] = ()  # the same as the backend spells them
+    latency: float | None = None  # s, moving average of the first-content time of good attempts
+    duration: float = 0.0  # s, moving average of the whole time of good attempts
+    success: float = 1.0  # 0..1, moving average over good attempts and strikes
+    last_used: float = 0.0  # monotonic s of the last outcome
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A backend in the running for one attempt. Made anew for each plan, so a select may write it."""
+
+    backend: Backend
+    live: Live
+    priority: int = 0  # 0 first; higher ones are for spill-over
+    distance: int = 0  # between regions; breaks ties inside a priority
+    last_resort: bool = False  # offered only because nothing better is left (panic)
+
+
+Candidates = Sequence[Candidate]  # best first
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens as the backend itself counted them."""
+
+    input: int = 0
+    output: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The record of one attempt, made when it ends, whatever its end."""
+
+    backend: Backend
+    number: int  # 1 for the first attempt of the exchange
+    verdict: Verdict
+    stage: Stage
+    fault: Fault | None = None
+    status: int | None = None  # of the backend's answer, where one came
+    retry_after: float | None = None  # s, as the backend asked
+    sent: bool = False  # some byte of the request may have reached the backend
+    committed: bool = False
+    repeatable: bool = False  # the rules of HTTP and of the route allow another attempt
+    started: float = 0.0  # monotonic s
+    ttft: float | None = None  # s from the start to the first content
+    duration: float = 0.0  # s
+    bytes_in: int = 0  # body bytes of the answer
+    usage: Usage | None = None
+    detail: str = ""  # for the log; no body, no credential
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A validated `/inference` request."""
+
+    model: str
+    prompt: str
+    temperature: float = 0.1
+    max_tokens: int = 512
+    stream: bool = False
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One client request, from its head to its end."""
+
+    id: str
+    method: str
+    target: bytes  # the request-target as it came
+    path: str  # the target up to `?`, not normalised
+    headers: Headers
+    started: float  # monotonic s
+    client: str = ""  # address
+    scheme: str = "http"
+    dialect: Dialect = Dialect.UNKNOWN
+    inference: bool = False  # a route whose request may be repeated: no side effect but cost
+    model: str | None = None  # as the client spells it
+    stream: bool = False  # the client asked for a stream
+    body: bytes | None = None  # whole; None while it streams or once it is past the replay cap
+    region: str | None = None  # preferred, canonical
+    region_mode: str | None = None  # prefer | require; None: as configured
+    cost_priority: bool | None = None
+    deadline: float | None = None  # monotonic s
+    max_price: float | None = None  # USD
+    trace_id: str | None = None
+    prompt: Prompt | None = None  # set on the translated route alone
+    attempts: list[Outcome] = field(default_factory=list)
+    spare: int = 0  # candidates that stand ready beside the current one
+
+    @property
+    def idempotent(self) -> bool:
+        """RFC 9110 9.2.2."""
+        return self.method in _IDEMPOTENT
+
+
+_IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE", "PROPFIND"})
+
+
+class Permit(Protocol):
+    """A taken slot."""
+
+    def release(self) -> None:
+        """Give the slot back. Called once, synchronously, on every path out of an attempt."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """How long and how many may wait when every admit refuses."""
+
+    size: int = 100  # exchanges
+    timeout: float = 10.0  # s
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What a free question to a backend found out."""
+
+    verdict: Verdict  # GOOD: answers; BUSY: alive, not ready; STRIKE: down; NEUTRAL: cannot tell
+    latency: float | None = None  # s
+    models: tuple[str, ...] | None = None  # as the backend spells them; None: it did not say
+    fault: Fault | None = None
+    retry_after: float | None = None  # s
+    detail: str = ""
+
+
+class Fleet(Protocol):
+    """The live view of every backend, as `lifespan` sees it."""
+
+    def candidates(self) -> list[Candidate]:
+        """One new candidate a backend, in the order of the configuration."""
+        ...
+
+    async def check(self, candidate: Candidate, timeout: float) -> Check | None:
+        """Ask the backend the free question of its provider and note time and models in `live`.
+
+        Returns None where the provider has no question that is free of cost. Never raises but
+        `CancelledError`; `timeout` is in seconds.
+        """
+        ...
+
+
+class Select(Protocol):
+    def select(self, exchange: Exchange, candidates: Candidates) -> Candidates:
+        """Keep, drop or reorder, best first. Before each attempt; synchronous; no I/O."""
+        ...
+
+
+class Admit(Protocol):
+    def admit(self, exchange: Exchange, backend: Backend) -> Permit | None:
+        """Take a slot on `backend` or refuse at once; asked best candidate first; never waits."""
+        ...
+
+
+class QueueRule(Protocol):
+    def queue(self) -> QueueLimits:
+        """How the core lets exchanges wait for room. Read once, at start."""
+        ...
+
+
+class Retry(Protocol):
+    def retry(self, exchange: Exchange, outcome: Outcome) -> float | None:
+        """Seconds to wait before another attempt, None to stop. The rule only: the core waits."""
+        ...
+
+
+class Observe(Protocol):
+    def observe(self, exchange: Exchange, outcome: Outcome) -> None:
+        """Learn from an attempt. Called once for each, after its permits are released."""
+        ...
+
+
+class Lifespan(Protocol):
+    def lifespan(self, fleet: Fleet) -> AbstractAsyncContextManager[None]:
+        """Work that lasts as long as the process: probes, refreshers."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request that a provider makes up for the translated route."""
+
+    target: bytes  # on the backend, base path included
+    body: bytes
+    dialect: Dialect
+    headers: Headers = ((b"Content-Type", b"application/json"),)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Text and counts read from an answer, or from one event of a streamed answer."""
+
+    text: str = ""
+    done: bool = False
+    usage: Usage | None = None
+    error: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)  # receipts and the like, for `metadata`
+
+
+class Provider(Protocol):
+    """A family of backends. One object a process; it holds no state of a request.
+
+    Two more hooks are planned and looked up by name, as the phases of a middleware are, so that a
+    provider without them stays valid: a transport of its own (job queues, 303 hops) and discovery.
+    """
+
+    name: str
+    price_per_second: float  # USD, the default of its backends
+    pool: str  # baseline | burst, likewise
+    kinds: tuple[str, ...]  # values of a backend's `kind`; the first is the default
+    environment: tuple[str, ...]  # variables that `from_environment` reads
+
+    def from_environment(self, env: Mapping[str, str], region: str) -> list[dict[str, Any]]:
+        """Backend rows (the keys of `backends` in beacon.yaml) that the environment alone gives.
+
+        `region` is this instance's. Raises `ConfigError` naming the variable.
+        """
+        ...
+
+    def target(self, backend: Backend, target: bytes) -> bytes:
+        """The request-target on the backend for a client's target; its bytes are kept."""
+        ...
+
+    def credentials(self, backend: Backend) -> Headers:
+        """Headers that replace the client's of the same names; none without an `api_key`.
+
+        An empty value takes the client's header away and sends none.
+        """
+        ...
+
+    def judge(self, backend: Backend, status: int, headers: Headers, body: bytes) -> Fault | None:
+        """Name what only this family's answers can mean; None: the core's own rules hold.
+
+        `body` is the held beginning of the answer.
+        """
+        ...
+
+    async def check(self, backend: Backend, session: aiohttp.ClientSession) -> Check | None:
+        """Ask a question that costs nothing and wakes nothing; None where there is none.
+
+        The caller bounds the time and turns transport errors into a `Check`.
+        """
+        ...
+
+    def problem(self, backend: Backend) -> str | None:
+        """What makes this backend unusable as configured, as `key: problem`; None: nothing does."""
+        ...
+
+    def ask(self, backend: Backend, prompt: Prompt) -> Call:
+        """Turn an `/inference` request into what this backend speaks."""
+        ...
+
+    def read(self, backend: Backend, document: Mapping[str, Any]) -> Reading:
+        """Read a whole answer, or one event of a streamed one, back into text."""
+        ...
+
+
+def canonical_model(name: str) -> str:
+    """One spelling for one model: `llama3.2:1b` and `llama3.2-1b` are the same."""
+    canonical = name.strip().lower().replace(":", "-")
+    return canonical.removesuffix("-latest")

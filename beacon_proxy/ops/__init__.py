@@ -1,0 +1,1 @@
+"""What the proxy remembers and tells: the canonical log line, metrics, the last hour."""

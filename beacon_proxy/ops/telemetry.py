@@ -1,0 +1,212 @@
+"""What the proxy tells: one canonical line an exchange, events, metrics, and who listens live.
+
+Rule 1: no body, no query, no credential is ever told; text that a client makes up is cut to size.
+Rule 2: telling never harms an exchange. A log that cannot be written loses lines and counts them, a
+listener that is slow loses events.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ..contracts import Candidates, Clock, End, Exchange, Outcome
+from ..errors import Overloaded
+from .lines import JsonLines, encode, through
+from .live import Listener
+from .metrics import Metrics
+from .windows import Windows
+
+MAX_LISTENERS = 32  # each costs every exchange a little
+
+# Of every other event: info. A warning is for a human who may act, an error for one who should.
+LEVELS = {
+    "backend.ejected": "warning",
+    "config.ignored": "warning",
+    "observe.failed": "error",
+    "probes.stopped": "error",
+    "retry.refused": "warning",
+    "server.failed": "error",
+}
+
+# What a listener on the public /ws has no business to know.
+_PRIVATE = frozenset({"client", "detail", "error", "host", "path", "trace_id", "url"})
+_TAKEN = frozenset(
+    {"event", "level", "method_name", "self", "ts"}
+)  # names that structlog and we use
+
+
+class Telemetry:
+    """The one place that events, metrics and the last hour go through.
+
+    Attributes:
+        log: the structlog logger that every line goes to.
+        metrics, windows: the numbers behind /metrics, /costs and /regions.
+        region: where this instance runs.
+        clock, unix: monotonic and unix seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        region: str,
+        access_log: bool,
+        log: Any = None,
+        clock: Clock = time.monotonic,
+        unix: Clock = time.time,
+    ) -> None:
+        self.region, self.clock, self.unix = region, clock, unix
+        lines = JsonLines(unix=unix) if log is None else None
+        self.log = log if lines is None else lines.logger
+        self._line = through(log) if lines is None else lines.write
+        self.metrics = Metrics(region, clock)
+        self.windows = Windows(clock)
+        self._access_log = access_log
+        self._listeners: list[Listener] = []
+
+    def attempt(self, exchange: Exchange, outcome: Outcome) -> None:
+        """Count an attempt that has ended. Once for each, whatever its end."""
+        usd = cost_usd(outcome)
+        self.metrics.attempt(outcome, usd)
+        self.windows.add(outcome, exchange.model, usd)
+
+    def exchange(
+        self,
+        exchange: Exchange,
+        end: End,
+        *,
+        status: int,
+        reason: str | None,
+        bytes_in: int,
+        bytes_out: int,
+        ttft: float | None,
+        duration: float,
+        queued: float,
+    ) -> None:
+        """Tell an exchange that has ended: its canonical line `exchange.done`. Once for each.
+
+        `queued` is all waiting, for room and between attempts. A client that left counts as 499,
+        whatever it was sent before.
+        """
+        if end is End.CLIENT_CLOSED:
+            status = 499
+        self.metrics.exchange(exchange, end, status, duration, queued)
+        if not self._access_log and not self._listeners:
+            return
+        fields = _canonical(exchange, end, status, reason)
+        fields["ttft_s"] = None if ttft is None else _round(ttft)
+        fields["duration_s"] = _round(duration)
+        fields["queued_s"] = _round(queued)
+        fields["bytes_in"] = bytes_in
+        fields["bytes_out"] = bytes_out
+        if self._access_log:
+            self._write("info", "exchange.done", fields)
+        if self._listeners:
+            self._publish("exchange.done", fields)
+
+    def notify(self, event: str, /, **fields: Any) -> None:
+        """Tell the operator: a log line, and a live event. See `contracts.Notify`."""
+        if event == "backend.ejected":
+            backend = fields.get("backend")
+            self.metrics.ejections[str(getattr(backend, "name", backend))] += 1
+        told = {f"{name}_" if name in _TAKEN else name: value for name, value in fields.items()}
+        self._write(LEVELS.get(event, "info"), event, told)
+        if self._listeners:
+            self._publish(event, told)
+
+    def queue_depth(self, n: int) -> None:
+        """Note how many exchanges wait for room now."""
+        self.metrics.queue_depth = n
+
+    def render(self, candidates: Candidates, accept: str = "") -> tuple[bytes, str]:
+        """The metrics and their content type, in the Prometheus format that `accept` prefers."""
+        return self.metrics.render(candidates, accept)
+
+    def subscribe(self) -> Listener:
+        """Start to receive live events.
+
+        Raises:
+            Overloaded: enough listen already.
+        """
+        if len(self._listeners) >= MAX_LISTENERS:
+            raise Overloaded("too many listeners", retry_after=60)
+        listener = Listener()
+        self._listeners.append(listener)
+        return listener
+
+    def unsubscribe(self, listener: Listener) -> None:
+        """Stop. A listener that is already gone is fine."""
+        if listener in self._listeners:
+            self._listeners.remove(listener)
+
+    def _write(self, level: str, event: str, fields: dict[str, Any]) -> None:
+        try:
+            self._line(level, event, fields)
+        except (OSError, ValueError):  # who reads our stdout is gone, its disk full, it is closed
+            self.metrics.lines_lost += 1
+
+    def _publish(self, event: str, fields: dict[str, Any]) -> None:
+        told = {"type": event, "timestamp": self.unix(), **_public(fields)}
+        line = encode(told) + b"\n"
+        for listener in self._listeners:
+            listener.put(event, line)
+
+
+def _public(fields: dict[str, Any]) -> dict[str, Any]:
+    told = {name: value for name, value in fields.items() if name not in _PRIVATE}
+    if isinstance(tries := told.get("attempts"), list):
+        told["attempts"] = [_public(tried) for tried in tries]
+    return told
+
+
+def cost_usd(outcome: Outcome) -> float:
+    """Estimate what an attempt costs: its seconds by the price; 0 where nothing was sent."""
+    billed = outcome.sent or outcome.status is not None
+    return outcome.duration * outcome.backend.price_per_second if billed else 0.0
+
+
+def _canonical(exchange: Exchange, end: End, status: int, reason: str | None) -> dict[str, Any]:
+    """The canonical line less its measures; the last backend tried gave the answer."""
+    attempts = exchange.attempts
+    last = attempts[-1].backend if attempts else None
+    fields: dict[str, Any] = {
+        "id": exchange.id,
+        "end": end,
+        "method": exchange.method[:32],
+        "path": exchange.path.partition("?")[0][:256],
+        "dialect": exchange.dialect,
+        "model": exchange.model and exchange.model[:128],
+        "status": status,
+        "reason": reason,
+        "backend": last and last.name,
+        "provider": last and last.provider,
+        "region": last and last.region,
+        "attempts": [_attempt(outcome) for outcome in attempts],
+        "cost_usd": _round(sum([cost_usd(outcome) for outcome in attempts]), 1e9),
+        "client": exchange.client,
+    }
+    if exchange.trace_id is not None:
+        fields["trace_id"] = exchange.trace_id[:128]
+    for usage in [outcome.usage for outcome in attempts if outcome.usage is not None]:
+        fields["tokens_in"] = fields.get("tokens_in", 0) + usage.input
+        fields["tokens_out"] = fields.get("tokens_out", 0) + usage.output
+    return fields
+
+
+def _attempt(outcome: Outcome) -> dict[str, Any]:
+    fields = {
+        "backend": outcome.backend.name,
+        "region": outcome.backend.region,
+        "stage": outcome.stage,
+        "fault": outcome.fault,
+        "status": outcome.status,
+        "duration_s": _round(outcome.duration),
+        "ttft_s": None if outcome.ttft is None else _round(outcome.ttft),
+    }
+    if outcome.detail:
+        fields["detail"] = outcome.detail[:200]
+    return fields
+
+
+def _round(value: float, steps: float = 1e6) -> float:
+    return int(value * steps + 0.5) / steps  # a third of the time of round(); nothing is negative

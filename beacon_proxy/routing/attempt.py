@@ -1,0 +1,232 @@
+"""One try at one backend: connect, send, hold the answer until it can be judged."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from math import inf
+from time import monotonic
+
+from ..contracts import Backend, Candidate, Exchange, Fault, Outcome, Provider, Stage, Verdict
+from ..errors import ProxyError, UpstreamError
+from ..wire.answer import Answer, Expectation
+from ..wire.connection import Connection
+from ..wire.pool import Pool
+from ..wire.request import Outgoing, Source
+from ..wire.upload import ClientGone, Upload
+from ..wire.wheel import Wheel
+from .judge import Judgement, of_fault
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """What an attempt needs of the wire; one a process."""
+
+    loop: asyncio.AbstractEventLoop
+    wheel: Wheel
+    pool: Pool
+
+
+class Attempt:
+    """Opens one answer. `close` is to be called on every path, once.
+
+    Attributes:
+        answer: as far as it came.
+        error: why there is none; or a fault of the client's own request, to be told to it.
+        last: the judgement of it.
+    """
+
+    def __init__(
+        self, wire: Wire, exchange: Exchange, candidate: Candidate, provider: Provider
+    ) -> None:
+        self._wire = wire
+        self._exchange = exchange
+        self._provider = provider
+        self._connection: Connection | None = None
+        self._uploading: asyncio.Task[None] | None = None
+        self._upload_of: Upload | None = None
+        self.candidate = candidate
+        self.answer: Answer | None = None
+        self.error: ProxyError | None = None
+        self.last = Judgement(Verdict.NEUTRAL)
+        self.sent = False
+        self.number = len(exchange.attempts) + 1
+        self.started = monotonic()
+
+    @property
+    def backend(self) -> Backend:
+        return self.candidate.backend
+
+    async def open(self, source: Source, *, lone: bool) -> None:
+        """Return when the answer can be judged, or `error` says why there is none.
+
+        A connection that lay idle and closes before it answered is no fault of the backend: the
+        request goes once more over a fresh one (RFC 9110 9.2.2). A request that may not be repeated
+        is never put on an idle connection.
+        """
+        exchange = self._exchange
+        self._upload_of = source.upload
+        outgoing = source.outgoing(self.candidate, self._provider)
+        repeatable = exchange.inference or exchange.idempotent
+        connection = self._wire.pool.take(self.backend) if repeatable else None
+        while True:
+            fresh = connection is None
+            if connection is None:
+                try:
+                    connection = await self._connect()
+                except UpstreamError as exc:
+                    self.error = exc
+                    return
+            answer = await self._send(connection, outgoing, source, lone)
+            stale = answer.fault in (Fault.CLOSED, Fault.RESET) and not connection.answered
+            if fresh or not stale or not _can_repeat(source.upload):
+                return
+            self._stop_upload()
+            connection = None
+
+    async def _connect(self) -> Connection:
+        """Connect, but not past the client's own deadline."""
+        deadline = self._exchange.deadline
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._wire.pool.connect(self.backend)
+        except TimeoutError as exc:
+            raise UpstreamError(Fault.DEADLINE, Stage.CONNECT, "the deadline ran out") from exc
+
+    async def _send(
+        self, connection: Connection, outgoing: Outgoing, source: Source, lone: bool
+    ) -> Answer:
+        exchange, upload = self._exchange, source.upload
+        expect = Expectation(
+            self.backend.timeouts,
+            shape=outgoing.shape,
+            inference=exchange.inference,
+            stream=outgoing.stream,
+            head_only=exchange.method == "HEAD",
+            upgrade=source.upgrade,
+            deadline=exchange.deadline if exchange.deadline is not None else inf,
+            lone=lone,
+        )
+        self._connection = connection
+        self.answer = answer = Answer(self._wire.loop, self._wire.wheel, expect)
+        self.sent = True
+        body = outgoing.body
+        connection.start(answer, sending=body is None)
+        if body is not None:
+            connection.write(outgoing.head + _framed(upload, body))
+        else:
+            assert upload is not None
+            connection.write(outgoing.head)
+            self._uploading = asyncio.create_task(
+                self._upload(connection, upload, answer), name=f"upload {exchange.id}"
+            )
+        await answer.wait_decided()
+        return answer
+
+    async def _upload(self, connection: Connection, upload: Upload, answer: Answer) -> None:
+        """Pass the body on as it comes, at the pace of the slower side."""
+        idle = self.backend.timeouts.idle or None
+        try:
+            async for data in upload.pieces():
+                connection.write(b"%x\r\n%b\r\n" % (len(data), data) if upload.chunked else data)
+                async with asyncio.timeout(idle):
+                    await connection.drain()
+            if upload.chunked:
+                connection.write(b"0\r\n\r\n")
+            connection.uploaded = True
+            answer.sent()
+        except ProxyError as exc:
+            self.error = exc
+            answer.fail(Fault.CLIENT_CLOSED, exc.message)
+            connection.abort()
+        except ClientGone:
+            connection.abort()  # the exchange itself is being cancelled
+        except TimeoutError:
+            answer.fail(Fault.TIMEOUT, "the backend stopped taking the body")
+            connection.abort()
+
+    def _stop_upload(self) -> None:
+        if self._uploading is not None:
+            self._uploading.cancel()
+            self._uploading = None
+
+    @property
+    def upload_runs(self) -> bool:
+        """Whether the request is still being sent."""
+        return self._uploading is not None and not self._uploading.done()
+
+    def tunnel(self, client: asyncio.Transport) -> Connection:
+        """Join the client's transport and the backend's (after a 101)."""
+        assert self._connection is not None
+        self._connection.tunnel(client)
+        return self._connection
+
+    @property
+    def flow(self) -> Connection | None:
+        """The connection under the answer, for back-pressure."""
+        return self._connection
+
+    def judgement_of_error(self) -> Judgement:
+        error = self.error
+        if isinstance(error, UpstreamError):
+            return of_fault(error.fault, error.message)
+        return Judgement(
+            Verdict.NEUTRAL, Fault.CLIENT_CLOSED, detail=error.message if error else ""
+        )
+
+    def close(self) -> None:
+        """Give up what still runs: the upload, the answer and the connection under it."""
+        self._stop_upload()
+        if self.answer is not None:
+            self.answer.abandon()
+
+    def outcome(self, judgement: Judgement, *, cancelled: bool) -> Outcome:
+        """The record of this attempt, once it has ended."""
+        answer, now = self.answer, monotonic()
+        verdict, fault, detail = judgement.verdict, judgement.fault, judgement.detail
+        if cancelled:
+            verdict, fault = Verdict.NEUTRAL, Fault.CLIENT_CLOSED
+        elif answer is not None and answer.committed and answer.fault is not None:
+            late = of_fault(answer.fault, answer.detail)
+            verdict, fault, detail = late.verdict, late.fault, late.detail
+        elif answer is not None and answer.committed and answer.watch and answer.watch.error:
+            verdict, fault = Verdict.STRIKE, Fault.ERROR_BODY
+        usage = judgement.usage
+        if answer is not None and usage is None and answer.watch is not None:
+            usage = answer.watch.usage()
+        ttft = answer.first_content - self.started if answer and answer.first_content else None
+        return Outcome(
+            self.backend,
+            self.number,
+            verdict,
+            answer.stage if answer is not None else Stage.CONNECT,
+            fault=fault,
+            status=answer.status if answer is not None else None,
+            retry_after=judgement.retry_after,
+            sent=self.sent,
+            committed=answer is not None and answer.committed,
+            repeatable=not cancelled and self._repeatable(judgement),
+            started=self.started,
+            ttft=ttft,
+            duration=now - self.started,
+            bytes_in=answer.size if answer is not None else 0,
+            usage=usage,
+            detail=detail,
+        )
+
+    def _repeatable(self, judgement: Judgement) -> bool:
+        """Nothing sent: always. Sent: where the route has no side effect, or RFC 9110 9.2.2."""
+        if self.answer is not None and self.answer.committed or not _can_repeat(self._upload_of):
+            return False
+        exchange = self._exchange
+        return judgement.elsewhere and (not self.sent or exchange.inference or exchange.idempotent)
+
+
+def _framed(upload: Upload | None, body: bytes) -> bytes:
+    if upload is None or not upload.chunked:
+        return body
+    return b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if body else b"0\r\n\r\n"
+
+
+def _can_repeat(upload: Upload | None) -> bool:
+    return upload is None or upload.replayable

@@ -1,0 +1,142 @@
+"""What an answer says about its backend, and whether another may be asked.
+
+Four classes of failure, never mixed (`contracts.Verdict`): the caller's fault, back-pressure, a
+strike, and nothing at all.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from time import time
+from typing import Any
+
+import orjson
+
+from ..contracts import Backend, Exchange, Fault, Provider, Usage, Verdict
+from ..wire.answer import Answer, Framing
+from ..wire.dialects import usage_in
+from ..wire.headers import find
+
+_VERDICTS = {
+    Fault.BUSY: Verdict.BUSY,
+    Fault.LOADING: Verdict.BUSY,
+    Fault.DEADLINE: Verdict.NEUTRAL,
+    Fault.CLIENT_CLOSED: Verdict.NEUTRAL,
+}
+_BUSY_STATUSES = (429, 503, 529)
+_BUSY_WORDS = ("overloaded", "rate_limit", "unavailable", "busy")
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The reading of one answer, as far as it was held."""
+
+    verdict: Verdict
+    fault: Fault | None = None
+    retry_after: float | None = None  # s
+    usage: Usage | None = None
+    detail: str = ""
+    elsewhere: bool = False  # another backend may do better with the same request
+
+
+def of_fault(fault: Fault, detail: str = "") -> Judgement:
+    """Judge what never became an answer."""
+    verdict = _VERDICTS.get(fault, Verdict.STRIKE)
+    return Judgement(verdict, fault, detail=detail, elsewhere=verdict is not Verdict.NEUTRAL)
+
+
+def judge(exchange: Exchange, backend: Backend, provider: Provider, answer: Answer) -> Judgement:
+    """Judge an answer that is held: by its fault, its provider's own words, its status, its body."""
+    if answer.fault is not None:
+        return of_fault(answer.fault, answer.detail)
+    status = answer.status or 0
+    if answer.framing is Framing.TUNNEL:
+        return Judgement(Verdict.GOOD)
+    if status >= 300 or exchange.inference:
+        fault = provider.judge(backend, status, answer.headers, answer.body())
+        if fault is not None:
+            verdict = _VERDICTS.get(fault, Verdict.STRIKE)
+            return Judgement(verdict, fault, _retry_after(answer), elsewhere=True)
+    if status >= 400:
+        return _judge_status(answer, status)
+    if not exchange.inference or status >= 300 or not answer.readable:
+        return Judgement(Verdict.GOOD)
+    if answer.watch is not None:
+        return _judge_stream(answer)
+    return _judge_document(answer)
+
+
+def _judge_status(answer: Answer, status: int) -> Judgement:
+    if status in _BUSY_STATUSES:
+        return Judgement(Verdict.BUSY, Fault.BUSY, _retry_after(answer), elsewhere=True)
+    if status >= 500:
+        return Judgement(Verdict.STRIKE, Fault.STATUS, _retry_after(answer), elsewhere=True)
+    return Judgement(Verdict.CALLER, Fault.STATUS)
+
+
+def _judge_stream(answer: Answer) -> Judgement:
+    watch = answer.watch
+    assert watch is not None
+    if watch.error and not watch.content:
+        return _judge_error(watch.error_data)
+    if answer.complete and not watch.content:
+        return Judgement(
+            Verdict.STRIKE, Fault.EMPTY, detail="the stream said nothing", elsewhere=True
+        )
+    if answer.complete and not watch.ended:
+        return Judgement(Verdict.STRIKE, Fault.TRUNCATED, detail="no end marker", elsewhere=True)
+    return Judgement(Verdict.GOOD)
+
+
+def _judge_document(answer: Answer) -> Judgement:
+    if not answer.complete:
+        return Judgement(Verdict.GOOD)  # above the cap, or passed on because nobody else stands by
+    body = answer.body()
+    if not body.strip():
+        return Judgement(Verdict.STRIKE, Fault.EMPTY, detail="a 200 without a body", elsewhere=True)
+    try:
+        document = _loads(body)
+    except ValueError:
+        return Judgement(Verdict.STRIKE, Fault.NOT_JSON, detail="a 200 not JSON", elsewhere=True)
+    if isinstance(document, dict) and document.get("error"):
+        return _judge_error(body)
+    return Judgement(Verdict.GOOD, usage=usage_in(body[-4096:]))
+
+
+def _loads(body: bytes) -> Any:
+    """Parse JSON; also what Python servers write for it: NaN, Infinity, lone surrogates."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return json.loads(body)
+
+
+def _judge_error(data: bytes) -> Judgement:
+    """An error behind a 200."""
+    try:
+        document: Any = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        document = {}
+    error = document.get("error") if isinstance(document, dict) else None
+    words = f"{error.get('type')} {error.get('code')}" if isinstance(error, dict) else str(error)
+    if any(word in words.lower() for word in _BUSY_WORDS) or words.endswith((" 429", " 503")):
+        return Judgement(Verdict.BUSY, Fault.BUSY, detail="busy, behind a 200", elsewhere=True)
+    return Judgement(
+        Verdict.STRIKE, Fault.ERROR_BODY, detail="an error behind a 200", elsewhere=True
+    )
+
+
+def _retry_after(answer: Answer) -> float | None:
+    """Seconds of the Retry-After field, in either of its forms (RFC 9110 10.2.3)."""
+    value = find(answer.headers, b"retry-after")
+    if value is None:
+        return None
+    text = value.decode("latin-1").strip()
+    if text.isdigit():
+        return float(text[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time())
+    except (ValueError, TypeError):
+        return None

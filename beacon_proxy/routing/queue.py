@@ -1,0 +1,108 @@
+"""The bounded wait for room, in one place.
+
+Waiters stand in the order they came. A released slot goes to the first waiter that wants its
+backend, and while a waiter wants a backend nobody who comes later may take a slot there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..contracts import QueueLimits
+
+RECHECK = 0.25  # s; health and back-pressure change without a release
+
+
+@dataclass(eq=False, slots=True)
+class Place:
+    """One exchange's place in the queue."""
+
+    wants: frozenset[str]
+    wake: asyncio.Future[None] | None = None
+    owed: str | None = field(default=None)  # the backend whose release woke it
+
+
+class Queue:
+    """Exchanges that wait for a slot."""
+
+    def __init__(self, limits: QueueLimits, told: Callable[[int], None]) -> None:
+        """`told` hears the length of the queue at each change."""
+        self.limits = limits
+        self._told = told
+        self._places: dict[Place, None] = {}
+        self._wanted: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def full(self) -> bool:
+        return len(self._places) >= self.limits.size
+
+    def wanted(self, name: str, place: Place | None) -> bool:
+        """Whether someone ahead of `place` (None: a newcomer) waits for this backend."""
+        if not self._wanted.get(name):
+            return False
+        if place is None:
+            return True
+        for other in self._places:
+            if other is place:
+                return False
+            if name in other.wants:
+                return True
+        return False
+
+    def join(self, wants: frozenset[str]) -> Place:
+        """Take a place at the end. The caller has seen that the queue is not full."""
+        place = Place(wants)
+        self._places[place] = None
+        self._count(wants, 1)
+        self._told(len(self._places))
+        return place
+
+    def want(self, place: Place, wants: frozenset[str]) -> None:
+        """Change what a place waits for, as health changes what may serve it."""
+        if wants != place.wants:
+            self._count(place.wants, -1)
+            self._count(wants, 1)
+            place.wants = wants
+
+    def leave(self, place: Place) -> None:
+        """Give the place up, and pass on a release that it was woken for and did not use."""
+        del self._places[place]
+        self._count(place.wants, -1)
+        self._told(len(self._places))
+        if place.owed is not None:
+            self.released(place.owed)
+
+    def released(self, name: str) -> None:
+        """A slot on this backend is free: wake the first who wants it."""
+        if not self._wanted.get(name):
+            return
+        for place in self._places:
+            if name in place.wants and place.wake is not None and not place.wake.done():
+                place.owed = name
+                place.wake.set_result(None)
+                return
+
+    async def wait(self, place: Place, seconds: float) -> None:
+        """Sleep until woken, a recheck is due or `seconds` are over."""
+        loop = asyncio.get_running_loop()
+        place.wake = loop.create_future()
+        timer = loop.call_later(min(seconds, RECHECK), _wake, place.wake)
+        try:
+            await place.wake
+        finally:
+            timer.cancel()
+            place.wake = None
+
+    def _count(self, names: frozenset[str], step: int) -> None:
+        for name in names:
+            self._wanted[name] = self._wanted.get(name, 0) + step
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,399 @@
+"""One backend's answer: held until it can be judged, then relayed piece by piece.
+
+State chart (`stage`): HEAD -> CONTENT -> [committed: STREAM] -> DONE, or a `fault` at any point.
+
+Rule 1: nothing reaches the client before `commit`. Until then an attempt can still be given up.
+Rule 2: how long an answer is held depends on what it is (`Hold`). An answer that nobody could
+replace is passed on `GRACE` seconds after its head: holding it would only hide what it says.
+Rule 3: after `commit` pieces go from the parser's callback into the sink; no coroutine sees them.
+Rule 4: exactly one of `on_complete` and `fail` ends it, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+from math import inf
+from time import monotonic
+from typing import Protocol
+
+from ..contracts import Fault, Headers, Stage, Timeouts
+from .dialects import Shape, Watch, error_event
+from .headers import find
+from .wheel import Wheel
+
+HOLD_CAP = 1 << 20  # bytes held before an answer is passed on unjudged
+GRACE = 0.2  # s after the head
+
+
+class Framing(StrEnum):
+    NONE = "none"  # HEAD, 204, 304
+    LENGTH = "length"
+    CHUNKED = "chunked"
+    EOF = "eof"
+    TUNNEL = "tunnel"  # 101
+
+
+class Hold(Enum):
+    BYTE = 1  # until the first body byte
+    CONTENT = 2  # until the dialect's first content
+    WHOLE = 3  # until the message is complete
+
+
+class Sink(Protocol):
+    """Where a committed answer goes."""
+
+    def start(self, answer: Answer, added: bytes) -> None:
+        """Send the head; `added` are header lines of the proxy's own."""
+        ...
+
+    def write(self, data: bytes) -> None: ...
+
+    def finish(self, trailers: Headers) -> None: ...
+
+    def fail(self, event: bytes | None) -> None:
+        """Show a broken answer: `event` if the stream can take one, then an unclean end."""
+        ...
+
+
+class Flow(Protocol):
+    """The connection under an answer, as far as the answer steers it."""
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+    @property
+    def reading_paused(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What the request lets one expect of its answer."""
+
+    timeouts: Timeouts
+    shape: Shape = Shape.DOCUMENT
+    inference: bool = False
+    stream: bool = False
+    head_only: bool = False  # the method was HEAD
+    upgrade: bool = False
+    deadline: float = inf  # monotonic s
+    lone: bool = False  # no other candidate stands ready
+
+
+def is_event_stream(content_type: bytes) -> bool:
+    kind = content_type.split(b";", 1)[0].strip().lower()
+    return kind in (b"text/event-stream", b"application/x-ndjson", b"application/jsonl")
+
+
+class Answer:
+    """See the module's docstring. Times are monotonic seconds."""
+
+    __slots__ = (
+        "_flow",
+        "_hold",
+        "_loop",
+        "_sink",
+        "_waiter",
+        "_wheel",
+        "bucket",
+        "complete",
+        "decided",
+        "detail",
+        "ended",
+        "expect",
+        "fault",
+        "first_content",
+        "framing",
+        "head_at",
+        "headers",
+        "held",
+        "held_size",
+        "last",
+        "length",
+        "reason",
+        "sending",
+        "sent_at",
+        "size",
+        "stage",
+        "started",
+        "status",
+        "trailers",
+        "watch",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, wheel: Wheel, expect: Expectation) -> None:
+        self._loop = loop
+        self._wheel = wheel
+        self._flow: Flow | None = None
+        self._sink: Sink | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._hold = Hold.BYTE
+        self.bucket: int | None = None
+        self.expect = expect
+        self.stage = Stage.SEND
+        self.status: int | None = None
+        self.reason = b""
+        self.headers: Headers = ()
+        self.trailers: Headers = ()
+        self.framing = Framing.NONE
+        self.length: int | None = None
+        self.held: list[bytes] = []
+        self.held_size = 0
+        self.size = 0
+        self.watch: Watch | None = None
+        self.decided = self.ended = self.complete = False
+        self.sending = False
+        self.fault: Fault | None = None
+        self.detail = ""
+        self.started = self.sent_at = self.last = monotonic()
+        self.head_at: float | None = None
+        self.first_content: float | None = None
+
+    # -- the connection's side -------------------------------------------------------------------
+
+    def begin(self, flow: Flow, sending: bool) -> None:
+        """The request goes out over `flow`; `sending`: its body will take a while."""
+        self._flow = flow
+        self.sending = sending
+        self.stage = Stage.SEND if sending else Stage.HEAD
+        self.started = self.sent_at = self.last = monotonic()
+        self._arm()
+
+    def sent(self) -> None:
+        """The last byte of the request is out: the wait for the answer counts from here."""
+        self.sending = False
+        self.sent_at = monotonic()
+        if self.stage is Stage.SEND:
+            self.stage = Stage.HEAD
+        if not self.ended:
+            self._arm()
+
+    def _arm(self) -> None:
+        limit = self._limit()
+        if limit < inf:
+            self._wheel.add(self, limit)
+
+    def on_head(
+        self, status: int, reason: bytes, headers: Headers, framing: Framing, length: int | None
+    ) -> None:
+        self.status, self.reason, self.headers = status, reason, headers
+        self.framing, self.length = framing, length
+        self.stage = Stage.CONTENT
+        self.head_at = self.last = monotonic()
+        if framing is Framing.TUNNEL:
+            self._decide()
+            return
+        self._hold = self._how_to_hold(status, headers)
+        if self._hold is Hold.WHOLE and length is not None and length > HOLD_CAP:
+            self._hold = Hold.BYTE
+        self._arm()
+
+    def _how_to_hold(self, status: int, headers: Headers) -> Hold:
+        if status >= 400:
+            return Hold.WHOLE
+        if not self.expect.inference or status >= 300 or find(headers, b"content-encoding"):
+            return Hold.BYTE
+        if is_event_stream(find(headers, b"content-type") or b""):
+            if self.expect.shape is Shape.DOCUMENT:
+                return Hold.BYTE
+            self.watch = Watch(self.expect.shape)
+            return Hold.CONTENT
+        return Hold.WHOLE
+
+    def on_piece(self, data: bytes) -> None:
+        self.size += len(data)
+        self.last = monotonic()
+        watch = self.watch
+        if watch is not None:
+            watch.feed(data)
+            if self.first_content is None and watch.content:
+                self.first_content = self.last
+        elif self.first_content is None:
+            self.first_content = self.last
+        if self._sink is not None:
+            self._sink.write(data)
+            return
+        self.held.append(data)
+        self.held_size += len(data)
+        if not self.decided:
+            if self._enough():
+                self._decide()
+        elif self.held_size > HOLD_CAP and self._flow is not None:
+            self._flow.pause_reading()
+
+    def _enough(self) -> bool:
+        if self._hold is Hold.BYTE or self.held_size > HOLD_CAP:
+            return True
+        watch = self.watch
+        return watch is not None and (watch.content or watch.error)
+
+    def on_complete(self, trailers: Headers) -> None:
+        self.trailers = trailers
+        self.complete = True
+        watch = self.watch
+        if self._sink is not None:
+            if watch is not None and not watch.ended:
+                self.fail(Fault.TRUNCATED, "the stream ended without its end marker")
+                return
+            self._sink.finish(trailers)
+            self.stage = Stage.DONE
+        self._end()
+
+    def fail(self, fault: Fault, detail: str = "") -> None:
+        """End the answer as broken. Does nothing once it has ended."""
+        if self.ended:
+            return
+        self.fault, self.detail = fault, detail
+        if self._sink is not None:
+            event = None
+            if self.watch is not None and self.watch.fresh and not self.watch.ended:
+                event = error_event(self.expect.shape, _broken_message(fault), "upstream_error")
+            self._sink.fail(event)
+        self._end()
+
+    # -- the exchange's side ---------------------------------------------------------------------
+
+    async def wait_decided(self) -> None:
+        """Return when the answer can be judged: enough was seen, or it ended."""
+        if not (self.decided or self.ended):
+            await self._wait()
+
+    async def wait_ended(self) -> None:
+        """Return when nothing more will come."""
+        if not self.ended:
+            await self._wait()
+
+    def commit(self, sink: Sink, added: bytes) -> None:
+        """Send what is held, then every piece as it comes."""
+        self._sink = sink
+        self.stage = Stage.STREAM
+        sink.start(self, added)
+        held, self.held, self.held_size = self.held, [], 0
+        if held:
+            sink.write(held[0] if len(held) == 1 else b"".join(held))
+        if self.ended:
+            self.ended = False
+            if self.complete:
+                self.on_complete(self.trailers)
+            else:
+                self.fail(self.fault or Fault.CLOSED, self.detail)
+            return
+        if self._flow is not None:
+            self._flow.resume_reading()
+        self._arm()
+
+    def abandon(self) -> None:
+        """Close the connection under an answer that nobody wants any more."""
+        if not self.ended and self._flow is not None:
+            self._flow.abort()
+        self._end()
+
+    @property
+    def committed(self) -> bool:
+        return self._sink is not None
+
+    @property
+    def readable(self) -> bool:
+        """Whether the answer is of a kind that its words can be judged by."""
+        return self._hold is not Hold.BYTE
+
+    def body(self) -> bytes:
+        """What is held of the body."""
+        if len(self.held) > 1:
+            self.held = [b"".join(self.held)]
+        return self.held[0] if self.held else b""
+
+    # -- limits ----------------------------------------------------------------------------------
+
+    def _limit(self) -> float:
+        """When the next thing must have happened."""
+        expect, times = self.expect, self.expect.timeouts
+        limit = expect.deadline
+        if self.framing is Framing.TUNNEL:
+            return limit
+        if self.status is None:
+            if self.sending:
+                return limit  # who sends has a limit of its own
+            whole = expect.inference and not expect.stream
+            return min(
+                limit, _after(self.sent_at, times.document if whole else times.first_content)
+            )
+        if self._sink is None:
+            if self._hold is Hold.CONTENT:
+                limit = min(limit, _after(self.sent_at, times.first_content))
+            else:
+                limit = min(limit, _after(self.last, times.idle))
+                if self._hold is Hold.WHOLE:
+                    limit = min(limit, _after(self.sent_at, times.document))
+            if not self.decided and (expect.lone or self._hold is Hold.BYTE):
+                limit = min(limit, (self.head_at or self.started) + GRACE)
+            return limit
+        return min(limit, _after(self.last, times.idle))
+
+    def expire(self, now: float) -> float | None:
+        """Called by the wheel."""
+        if self.ended:
+            return None
+        limit = self._limit()
+        if now < limit:
+            return limit if limit < inf else None
+        grace = self.head_at is not None and now < self._limit_without_grace()
+        if grace:
+            self._decide()
+            return self._limit()
+        self._run_out(now)
+        return None
+
+    def _limit_without_grace(self) -> float:
+        decided, self.decided = self.decided, True
+        limit = self._limit()
+        self.decided = decided
+        return limit
+
+    def _run_out(self, now: float) -> None:
+        flow = self._flow
+        if now >= self.expect.deadline:
+            self.fail(Fault.DEADLINE, "the client's deadline, or the total time, ran out")
+        elif flow is not None and flow.reading_paused:
+            self.fail(Fault.CLIENT_CLOSED, "the client took nothing for too long")
+        else:
+            self.fail(Fault.TIMEOUT, f"nothing more came at stage {self.stage}")
+        if flow is not None:
+            flow.abort()
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    async def _wait(self) -> None:
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _decide(self) -> None:
+        self.decided = True
+        self._wake()
+
+    def _end(self) -> None:
+        self.ended = self.decided = True
+        self._wheel.drop(self)
+        self._flow = None
+        self._wake()
+
+
+def _after(start: float, seconds: float) -> float:
+    return start + seconds if seconds > 0 else inf
+
+
+def _broken_message(fault: Fault) -> str:
+    if fault in (Fault.TIMEOUT, Fault.DEADLINE):
+        return "the backend went silent; the answer is incomplete"
+    return "the backend's stream broke; the answer is incomplete"

@@ -1,0 +1,294 @@
+"""One connection to a backend: bytes out, and llhttp's callbacks in.
+
+Rule 1: strict. What two parsers could read in two ways is a fault of the backend, never passed on.
+Rule 2: a connection is used again only after a message that ended exactly where its framing said,
+whose request was sent whole, and behind which no byte followed. Any doubt closes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import cast
+
+import httptools
+
+from ..contracts import Fault, Headers
+from .answer import Answer, Framing
+from .headers import find
+
+HEAD_CAP = 128 << 10  # bytes
+FIELDS_CAP = 500
+
+
+class _Malformed(Exception):
+    """Raised inside a parser callback."""
+
+
+class Connection(asyncio.Protocol):
+    """A client's connection to one backend; carries one exchange at a time.
+
+    Attributes:
+        reused: it has carried an exchange before.
+        answered: some byte of the current answer has come.
+        uploaded: the current request has been sent whole; written by who sends it.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, release: Callable[[Connection], None]
+    ) -> None:
+        self._loop = loop
+        self._release = release
+        self.transport: asyncio.Transport | None = None
+        self.closing = False
+        self.reused = self.answered = self.uploaded = False
+        self.reading_paused = False
+        self.bucket: int | None = None
+        self.idle_until = 0.0
+        self._answer: Answer | None = None
+        self._tunnel: asyncio.Transport | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._writing_paused = False
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
+        self._reset_message()
+
+    def _reset_message(self) -> None:
+        self._fields: list[tuple[bytes, bytes]] = []
+        self._reason = b""
+        self._pieces: list[bytes] = []
+        self._head_size = 0
+        self._headed = self._done = self._keep = self._excess = self._interim = False
+        self._framing = Framing.NONE
+
+    # -- the attempt's side ----------------------------------------------------------------------
+
+    def start(self, answer: Answer, *, sending: bool) -> None:
+        """Take `answer` as the receiver of the next message; `sending`: its body takes a while."""
+        self._answer = answer
+        self.answered = False
+        self.uploaded = not sending
+        answer.begin(self, sending)
+        if self.closing:
+            self._lost(Fault.CLOSED, "the connection had closed")
+
+    def write(self, data: bytes) -> None:
+        if self.transport is not None and not self.closing:
+            self.transport.write(data)
+
+    async def drain(self) -> None:
+        """Wait until the transport takes more."""
+        if self._writing_paused and not self.closing:
+            self._drained = self._loop.create_future()
+            await self._drained
+
+    def tunnel(self, client: asyncio.Transport) -> None:
+        """Let the pace of this side steer the client's, too: bytes now pass both ways."""
+        self._tunnel = client
+
+    def abort(self) -> None:
+        """Close at once; the answer, if one is running, is not told."""
+        self._answer = None
+        self.closing = True
+        if self.transport is not None:
+            self.transport.abort()
+
+    def pause_reading(self) -> None:
+        if not self.reading_paused and self.transport is not None and not self.closing:
+            self.reading_paused = True
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self.reading_paused:
+            self.reading_paused = False
+            if self.transport is not None and not self.closing:
+                self.transport.resume_reading()
+
+    def expire(self, now: float) -> float | None:
+        """The idle limit, on the wheel while the connection lies in the pool."""
+        if now < self.idle_until:
+            return self.idle_until
+        self.abort()
+        return None
+
+    # -- asyncio.Protocol ------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+
+    def data_received(self, data: bytes) -> None:
+        if self._answer is None or self._parser is None:
+            self.abort()  # bytes that nobody asked for
+            return
+        if self._framing is Framing.TUNNEL:
+            self._answer.on_piece(data)
+            return
+        self.answered = True
+        if not self._headed:
+            self._head_size += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as exc:
+            if rest := data[exc.args[0] :]:
+                self._pieces.append(rest)
+        except httptools.HttpParserError as exc:
+            self._flush()
+            if not self._done:
+                self._broken(str(exc.__context__ or exc) or type(exc).__name__)
+                return
+            self._excess = True
+        if not self._headed and self._head_size > HEAD_CAP:
+            self._broken("the answer's head is too large")
+            return
+        self._flush()
+        if self._done:
+            self._finish()
+
+    def eof_received(self) -> None:
+        if self._tunnel is None and self._answer is not None:
+            if self._headed and self._framing is Framing.EOF:
+                self._excess = True  # the end of the connection is the end of the message
+                self._finish()
+            else:
+                self._lost(Fault.CLOSED, "the backend closed the connection")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closing = True
+        self.transport = None
+        self._parser = None  # it holds this object
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        if self._tunnel is not None:
+            self._tunnel = None
+            answer, self._answer = self._answer, None
+            if answer is not None:
+                answer.on_complete(())  # and the server closes the client's side
+        elif exc is None:
+            self._lost(Fault.CLOSED, "the backend closed the connection")
+        else:
+            self._lost(Fault.RESET, f"the connection broke: {type(exc).__name__}")
+
+    def pause_writing(self) -> None:
+        self._writing_paused = True
+        if self._tunnel is not None and not self._tunnel.is_closing():
+            self._tunnel.pause_reading()
+
+    def resume_writing(self) -> None:
+        self._writing_paused = False
+        if self._tunnel is not None and not self._tunnel.is_closing():
+            self._tunnel.resume_reading()
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    # -- httptools' callbacks --------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        if self._done:
+            self._excess = True
+            raise _Malformed("bytes behind the end of the answer")
+        self._fields = []
+        self._reason = b""
+
+    def on_status(self, data: bytes) -> None:
+        self._reason += data
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._fields.append((name, value.strip(b" \t")))
+        if len(self._fields) > FIELDS_CAP:
+            raise _Malformed("too many header fields")
+
+    def on_headers_complete(self) -> None:
+        answer, parser = self._answer, self._parser
+        assert answer is not None and parser is not None
+        status = parser.get_status_code()
+        if status == 101:
+            asked = answer.expect.upgrade and parser.should_upgrade()
+            if not asked or (find(tuple(self._fields), b"upgrade") or b"").lower() != b"websocket":
+                raise _Malformed("switched protocols unasked")
+            self._framing = Framing.TUNNEL
+            self._headed = True
+            answer.on_head(status, self._reason, tuple(self._fields), self._framing, None)
+            return
+        if status < 200:
+            if status < 100:
+                raise _Malformed("invalid status")
+            self._interim = True
+            return
+        self._headed = True
+        headers = tuple(self._fields)
+        self._fields = []
+        length = self._read_framing(status, headers, parser.get_http_version())
+        answer.on_head(status, self._reason, headers, self._framing, length)
+        if answer.expect.head_only:
+            # llhttp would wait for a body, and httptools has no way to tell it: leave the feed here.
+            # Whether bytes followed is not known then, so this connection is not used again.
+            self._done = True
+            raise _Malformed("the answer to a HEAD ends with its head")
+
+    def _read_framing(self, status: int, headers: Headers, version: str) -> int | None:
+        coding = length = None
+        for name, value in headers:
+            lower = name.lower()
+            if lower == b"transfer-encoding":
+                if coding is not None or value.lower() != b"chunked" or version != "1.1":
+                    raise _Malformed("unknown or repeated Transfer-Encoding")
+                coding = value
+            elif lower == b"content-length":
+                if length is not None or not value.isdigit() or len(value) > 18:
+                    raise _Malformed("invalid Content-Length")
+                length = int(value)
+        if version not in ("1.1", "1.0"):
+            raise _Malformed("unknown HTTP version")
+        if coding is not None and length is not None:
+            raise _Malformed("both Content-Length and Transfer-Encoding")
+        assert self._answer is not None
+        if self._answer.expect.head_only or status in (204, 304):
+            self._framing = Framing.NONE
+        elif coding is not None:
+            self._framing = Framing.CHUNKED
+        else:
+            self._framing = Framing.EOF if length is None else Framing.LENGTH
+        return length
+
+    def on_body(self, data: bytes) -> None:
+        self._pieces.append(data)
+
+    def on_message_complete(self) -> None:
+        if self._interim:
+            self._interim = False
+        elif self._framing is not Framing.TUNNEL and self._parser is not None:
+            self._done = True
+            self._keep = self._parser.should_keep_alive()  # asked later, it speaks of the next one
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        pieces = self._pieces
+        if pieces and self._answer is not None:
+            self._pieces = []
+            self._answer.on_piece(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+
+    def _finish(self) -> None:
+        answer, self._answer = self._answer, None
+        assert answer is not None
+        trailers = tuple(self._fields) if self._framing is Framing.CHUNKED else ()
+        if not self._excess and self.uploaded and not self.closing and self._keep:
+            self._reset_message()
+            self.reused = True
+            self._release(self)
+        else:
+            self.closing = True
+            if self.transport is not None:
+                self.transport.close()
+        answer.on_complete(trailers)
+
+    def _broken(self, detail: str) -> None:
+        self._lost(Fault.MALFORMED, detail)
+        self.abort()
+
+    def _lost(self, fault: Fault, detail: str) -> None:
+        self._flush()
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            with suppress(RuntimeError):  # a client transport that closed meanwhile
+                answer.fail(fault, detail)

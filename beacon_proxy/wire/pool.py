@@ -1,0 +1,134 @@
+"""Connections to backends: found idle, or made.
+
+Idle ones are used last in, first out, and closed before the backend would: llama.cpp and vLLM drop
+an idle connection after 5 s. Names resolve to any number of addresses, which are raced (RFC 8305).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections import deque
+from functools import lru_cache, partial
+
+import aiohappyeyeballs
+
+from ..contracts import Backend, Fault, Stage
+from ..errors import UpstreamError
+from .connection import Connection
+from .wheel import Wheel
+
+IDLE_LIMIT = 4.0  # s
+HAPPY_EYEBALLS_DELAY = 0.25  # s, RFC 8305 section 5
+
+
+class Pool:
+    """All connections of this process to its backends."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, wheel: Wheel) -> None:
+        self._loop = loop
+        self._wheel = wheel
+        self._idle: dict[str, deque[Connection]] = {}
+
+    def take(self, backend: Backend) -> Connection | None:
+        """An idle connection, newest first; None where there is none."""
+        idle = self._idle.get(backend.name)
+        while idle:
+            connection = idle.pop()
+            self._wheel.drop(connection)
+            if not connection.closing:
+                return connection
+        return None
+
+    async def connect(self, backend: Backend) -> Connection:
+        """A new connection, TLS included, within the backend's connect limit.
+
+        Raises:
+            UpstreamError: at stage connect; nothing was sent.
+        """
+        limit = backend.timeouts.connect or None
+        try:
+            async with asyncio.timeout(limit):
+                return await self._connect(backend)
+        except TimeoutError as exc:
+            detail = f"no connection within {limit} s"
+            raise UpstreamError(Fault.TIMEOUT, Stage.CONNECT, detail) from exc
+        except OSError as exc:
+            raise UpstreamError(_fault_of(exc), Stage.CONNECT, _detail_of(exc)) from exc
+
+    async def _connect(self, backend: Backend) -> Connection:
+        infos = await self._loop.getaddrinfo(
+            backend.host, backend.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+        )
+        sock = await aiohappyeyeballs.start_connection(
+            infos,
+            loop=self._loop,
+            happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY if len(infos) > 1 else None,
+        )
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        secure = backend.scheme == "https"
+        context = tls_context(backend.tls_verify, backend.tls_ca_file) if secure else None
+        try:
+            _, connection = await self._loop.create_connection(
+                lambda: Connection(self._loop, partial(self._put, backend)),
+                sock=sock,
+                ssl=context,
+                server_hostname=backend.host if secure else None,
+            )
+        except BaseException:
+            sock.close()
+            raise
+        return connection
+
+    def _put(self, backend: Backend, connection: Connection) -> None:
+        idle = self._idle.get(backend.name)
+        if idle is None:
+            idle = self._idle[backend.name] = deque()
+        if len(idle) >= max(backend.max_in_flight, 8):
+            oldest = idle.popleft()
+            self._wheel.drop(oldest)
+            oldest.abort()
+        connection.resume_reading()
+        connection.idle_until = self._loop.time() + IDLE_LIMIT
+        self._wheel.add(connection, connection.idle_until)
+        idle.append(connection)
+
+    def close(self) -> None:
+        """Close every idle connection."""
+        for idle in self._idle.values():
+            for connection in idle:
+                self._wheel.drop(connection)
+                connection.abort()
+        self._idle.clear()
+
+
+@lru_cache(maxsize=64)
+def tls_context(verify: bool, ca_file: str | None) -> ssl.SSLContext:
+    """A context for HTTP/1.1; certificate and name are checked unless switched off."""
+    context = ssl.create_default_context(cafile=ca_file)
+    context.set_alpn_protocols(["http/1.1"])
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _fault_of(exc: OSError) -> Fault:
+    if isinstance(exc, socket.gaierror):
+        return Fault.DNS
+    if isinstance(exc, ssl.SSLError):
+        return Fault.TLS
+    if isinstance(exc, ConnectionResetError | ConnectionAbortedError):
+        return Fault.RESET
+    return Fault.REFUSED
+
+
+def _detail_of(exc: OSError) -> str:
+    """What went wrong, without the backend's address: clients may see it."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return f"certificate not accepted: {exc.verify_message}"
+    return {Fault.DNS: "the backend's name does not resolve", Fault.TLS: "TLS failed"}.get(
+        _fault_of(exc), "the backend refused the connection"
+    )

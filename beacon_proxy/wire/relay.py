@@ -1,0 +1,192 @@
+"""From a backend's answer into the client's transport: the head, the framing, the end.
+
+Rule 1: what the backend framed by Content-Length keeps it; every other body is chunked for an
+HTTP/1.1 client, each piece flushed as a chunk of its own, and ended by the close of the connection
+for an HTTP/1.0 client.
+Rule 2: an answer that did not end well must not look complete: no last chunk, fewer bytes than
+promised, or a reset where the end of the connection is the end of the body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Protocol
+
+from ..contracts import Headers
+from .answer import Answer, Flow, Framing, is_event_stream
+from .headers import answer_lines, find, trailer_lines
+
+_BODILESS = (204, 304)
+_PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
+
+
+class Downstream(Protocol):
+    """The client's connection, as far as a relay steers it."""
+
+    upstream: Flow | None  # paused while the client's write buffer is full
+
+    @property
+    def writing_paused(self) -> bool: ...
+
+
+class ClientSink:
+    """Writes one answer to one client.
+
+    Attributes:
+        status: of the head that was sent; 0 before.
+        bytes_out: body bytes written.
+        extra: header lines for every answer of this exchange, whoever makes it.
+        keep_alive: the connection may carry another request.
+        broken: the answer ended visibly incomplete.
+    """
+
+    __slots__ = (
+        "_chunked",
+        "_downstream",
+        "_http11",
+        "_method",
+        "_replaced",
+        "_transport",
+        "_until_close",
+        "broken",
+        "bytes_out",
+        "extra",
+        "finished",
+        "keep_alive",
+        "status",
+    )
+
+    def __init__(
+        self,
+        downstream: Downstream,
+        transport: asyncio.Transport,
+        *,
+        method: str,
+        http11: bool,
+        keep_alive: bool,
+    ) -> None:
+        self._downstream = downstream
+        self._transport = transport
+        self._method = method
+        self._http11 = http11
+        self.extra = b""
+        self._replaced: frozenset[bytes] = frozenset()
+        self._chunked = self._until_close = False
+        self.keep_alive = keep_alive
+        self.status = 0
+        self.bytes_out = 0
+        self.broken = self.finished = False
+
+    def own_fields(self, fields: Mapping[str, str]) -> None:
+        """Fields that go with every answer, in the place of a backend's of the same names."""
+        if fields:
+            self.extra += "".join(f"{n}: {v}\r\n" for n, v in fields.items()).encode("latin-1")
+            self._replaced = frozenset(n.lower().encode("latin-1") for n in fields) - {b"vary"}
+
+    def start(self, answer: Answer, added: bytes) -> None:
+        framing = answer.framing
+        open_ended = framing in (Framing.CHUNKED, Framing.EOF)
+        self._chunked = open_ended and self._http11
+        self._until_close = open_ended and not self._http11
+        if open_ended and not self._http11:
+            self.keep_alive = False
+        headers = answer.headers
+        if self._replaced:
+            headers = tuple(pair for pair in headers if pair[0].lower() not in self._replaced)
+        lines = answer_lines(headers, trailers_pass=self._chunked)
+        if framing is Framing.TUNNEL:
+            lines += b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+            self.keep_alive = False
+        elif is_event_stream(find(answer.headers, b"content-type") or b""):
+            if find(answer.headers, b"x-accel-buffering") is None:
+                lines += b"X-Accel-Buffering: no\r\n"  # else an nginx in front holds tokens back
+        self._head(answer.status or 502, answer.reason, lines + added)
+
+    def _head(self, status: int, reason: bytes, lines: bytes) -> None:
+        self.status = status
+        parts = [b"HTTP/1.1 %d " % status, reason, b"\r\n", lines, self.extra]
+        if self._chunked:
+            parts.append(b"Transfer-Encoding: chunked\r\n")
+        if status != 101:
+            if not self.keep_alive:
+                parts.append(b"Connection: close\r\n")
+            elif not self._http11:
+                parts.append(b"Connection: keep-alive\r\n")
+        parts.append(b"\r\n")
+        self._send(b"".join(parts))
+
+    def flow_from(self, upstream: Flow | None) -> None:
+        """Let the client's pace steer `upstream`; None ends that."""
+        self._downstream.upstream = upstream
+        if upstream is not None and self._downstream.writing_paused:
+            upstream.pause_reading()
+
+    def write(self, data: bytes) -> None:
+        self.bytes_out += len(data)
+        if self._chunked:
+            self._send(b"%x\r\n%b\r\n" % (len(data), data))
+        else:
+            self._send(data)
+
+    def finish(self, trailers: Headers) -> None:
+        if self._chunked:
+            self._send(b"0\r\n" + trailer_lines(trailers) + b"\r\n" if trailers else b"0\r\n\r\n")
+        self.finished = True
+        self._downstream.upstream = None
+
+    def fail(self, event: bytes | None) -> None:
+        self.broken = self.finished = True
+        self.keep_alive = False
+        self._downstream.upstream = None
+        if event is not None and (self._chunked or self._until_close):
+            self.write(event)
+
+    def close(self) -> None:
+        """End the connection under a broken answer, once its exchange has been recorded.
+
+        Not in `fail`: the close would cancel the exchange as if its client had left.
+        """
+        if self._until_close and not self._transport.is_closing():
+            reset(self._transport)
+        else:
+            self._transport.close()  # what was written still goes out
+
+    def begin_own(self, status: int, headers: Headers, added: bytes = b"") -> None:
+        """Begin an answer of the proxy's own; pieces and an end follow."""
+        self._chunked = self._http11
+        self._until_close = not self._http11
+        if self._until_close:
+            self.keep_alive = False
+        self._head(status, _PHRASES.get(status, b""), _lines(headers) + added)
+
+    def send_own(self, status: int, headers: Headers, body: bytes, added: bytes = b"") -> None:
+        """An answer of the proxy's own, whole."""
+        self._chunked = False
+        lines = _lines(headers) + added
+        if status not in _BODILESS:
+            lines += b"Content-Length: %d\r\n" % len(body)
+        self._head(status, _PHRASES.get(status, b""), lines)
+        if self._method != "HEAD" and body:
+            self.bytes_out += len(body)
+            self._send(body)
+        self.finished = True
+
+    def _send(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+
+def _lines(headers: Headers) -> bytes:
+    return b"".join([name + b": " + value + b"\r\n" for name, value in headers])
+
+
+def reset(transport: asyncio.Transport) -> None:
+    """Close with a TCP reset, so that a body ended by the close cannot look complete."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()

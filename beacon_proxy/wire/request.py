@@ -1,0 +1,124 @@
+"""What goes out to a backend: the client's request as it came, or one that a provider made up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from ..contracts import Backend, Candidate, Exchange, Headers, Prompt, Provider, canonical_model
+from .dialects import INFERENCE_ROUTES, Route, Shape
+from .headers import RequestHead, forwarded_lines, request_bytes
+from .upload import Upload
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One request, ready for one backend."""
+
+    head: bytes
+    body: bytes | None  # None: it comes from the upload
+    shape: Shape
+    stream: bool
+
+
+class Source(Protocol):
+    """Makes the request of an exchange anew for each backend."""
+
+    upload: Upload | None
+    upgrade: bool
+
+    def outgoing(self, candidate: Candidate, provider: Provider) -> Outgoing: ...
+
+
+def host_of(backend: Backend) -> bytes:
+    """The Host field for a backend, as RFC 9112 3.2 spells it."""
+    host = f"[{backend.host}]" if ":" in backend.host else backend.host
+    if backend.port != _DEFAULT_PORTS[backend.scheme]:
+        host = f"{host}:{backend.port}"
+    return host.encode("ascii")
+
+
+def added_fields(backend: Backend, provider: Provider) -> Headers:
+    """Fields that replace the client's: credentials of this backend, but configured ones first."""
+    if not backend.headers:
+        return provider.credentials(backend)
+    named = {name.lower() for name, _ in backend.headers}
+    own = tuple(pair for pair in provider.credentials(backend) if pair[0].lower() not in named)
+    return own + backend.headers
+
+
+class Verbatim:
+    """The client's own request."""
+
+    __slots__ = ("_exchange", "_forwarded", "_head", "_route", "upload", "upgrade")
+
+    def __init__(
+        self, exchange: Exchange, head: RequestHead, upload: Upload, route: Route | None
+    ) -> None:
+        self._exchange = exchange
+        self._head = head
+        self._route = route
+        self.upload: Upload | None = upload
+        self.upgrade = head.upgrade is not None
+        self._forwarded = forwarded_lines(
+            head,
+            request_id=exchange.id.encode("ascii"),
+            client=exchange.client,
+            scheme=exchange.scheme,
+        )
+
+    def outgoing(self, candidate: Candidate, provider: Provider) -> Outgoing:
+        exchange, upload, backend = self._exchange, self.upload, candidate.backend
+        head = request_bytes(
+            self._head,
+            method=exchange.method,
+            target=provider.target(backend, exchange.target),
+            host=host_of(backend),
+            added=added_fields(backend, provider),
+            forwarded=self._forwarded,
+        )
+        shape = self._route.shape if self._route is not None else Shape.DOCUMENT
+        assert upload is not None
+        return Outgoing(head, upload.body, shape, exchange.stream)
+
+
+class Translated:
+    """An `/inference` request in the words of each backend."""
+
+    __slots__ = ("_exchange", "upload", "upgrade")
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self.upload: Upload | None = None
+        self.upgrade = False
+
+    def outgoing(self, candidate: Candidate, provider: Provider) -> Outgoing:
+        exchange, backend = self._exchange, candidate.backend
+        assert exchange.prompt is not None
+        call = provider.ask(backend, _spelled(exchange.prompt, candidate))
+        fields: list[tuple[bytes, bytes]] = [
+            *call.headers,
+            *added_fields(backend, provider),
+            (b"Content-Length", b"%d" % len(call.body)),
+            (b"X-Request-Id", exchange.id.encode("ascii")),
+            (b"Via", b"1.1 beacon-proxy"),
+        ]
+        if exchange.trace_id is not None:
+            fields.append((b"X-Trace-Id", exchange.trace_id.encode("latin-1", "replace")))
+        lines = b"".join([name + b": " + value + b"\r\n" for name, value in fields if value])
+        head = b"POST %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (call.target, host_of(backend), lines)
+        path = call.target.removeprefix(backend.base_path.encode()).split(b"?")[0].decode("latin-1")
+        route = INFERENCE_ROUTES.get(path) or INFERENCE_ROUTES.get(path.removeprefix("/openai"))
+        shape = route.shape if route is not None else Shape.OLLAMA
+        return Outgoing(head, call.body, shape, exchange.prompt.stream)
+
+
+def _spelled(prompt: Prompt, candidate: Candidate) -> Prompt:
+    """The prompt with the model's name as this backend spells it, where that is known."""
+    wanted = canonical_model(prompt.model)
+    for name in candidate.live.model_names:
+        if name != prompt.model and canonical_model(name) == wanted:
+            return replace(prompt, model=name)
+    return prompt

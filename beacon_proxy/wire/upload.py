@@ -1,0 +1,159 @@
+"""The request body on its way to a backend: kept for a replay up to a cap, streamed past it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from aiohttp import StreamReader
+from aiohttp.web_protocol import RequestPayloadError
+
+from ..errors import BadRequest, BodyTooLarge, RequestTimeout
+
+REPLAY_CAP = 4 << 20  # bytes; a body up to this size can be sent again
+
+
+class ClientGone(ConnectionError):
+    """The client closed its connection before its request was whole."""
+
+
+class Upload:
+    """One request body.
+
+    Attributes:
+        framed: the request has a body, be it empty.
+        complete: the last byte has come from the client.
+        replayable: what came so far is all kept, so another attempt can send the same bytes.
+        size: bytes received so far.
+    """
+
+    __slots__ = (
+        "_continue",
+        "_idle",
+        "_kept",
+        "_limit",
+        "_reader",
+        "chunked",
+        "complete",
+        "framed",
+        "replayable",
+        "size",
+    )
+
+    def __init__(
+        self,
+        reader: StreamReader,
+        *,
+        length: int | None,
+        chunked: bool,
+        limit: int,
+        idle: float = 0.0,
+        ask: asyncio.Transport | None = None,
+    ) -> None:
+        """Start on one body.
+
+        Args:
+            limit: bytes, the largest body taken.
+            idle: s the client may stay silent inside its body; 0: for ever.
+            ask: gets a `100 Continue` before the body is waited for.
+        """
+        self._reader = reader
+        self._kept: list[bytes] = []
+        self._limit = limit
+        self._idle = idle or None
+        self._continue = ask
+        self.chunked = chunked
+        self.framed = chunked or length is not None
+        self.complete = not self.framed
+        self.replayable = True
+        self.size = 0
+        if length is not None and length > limit:
+            raise BodyTooLarge(f"the body has {length} bytes, the limit is {limit}")
+        if self.framed:
+            self._take()
+
+    def _take(self) -> None:
+        """Keep what has already come, without waiting."""
+        if self._reader.exception() is None:
+            data = self._reader.read_nowait(-1)
+            if data:
+                self._count(data)
+                self._kept.append(data)
+            self.complete = self._reader.at_eof()
+
+    def _count(self, data: bytes) -> None:
+        self.size += len(data)
+        if self.size > self._limit:
+            raise BodyTooLarge(f"the body is larger than the limit of {self._limit} bytes")
+
+    async def _next(self) -> bytes:
+        """The next bytes from the client; b"" at the end."""
+        if self._continue is not None:
+            self._continue.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._continue = None
+        try:
+            async with asyncio.timeout(self._idle):
+                data = await self._reader.readany()
+        except TimeoutError as exc:
+            raise RequestTimeout("the request's body stopped coming") from exc
+        except RequestPayloadError as exc:
+            raise BadRequest("the body's framing is malformed") from exc
+        except ConnectionError as exc:
+            raise ClientGone from exc
+        if not data:
+            self.complete = self._reader.at_eof()
+        return data
+
+    async def fill(self) -> bytes | None:
+        """Wait for the whole body, up to the replay cap.
+
+        Returns the body, or None where it is larger than the cap.
+        """
+        while not self.complete and self.size < REPLAY_CAP:
+            data = await self._next()
+            if data:
+                self._count(data)
+                self._kept.append(data)
+                self.complete = self._reader.at_eof()
+        return self.body
+
+    async def whole(self) -> bytes:
+        """The whole body. Raises BodyTooLarge where it is larger than the replay cap."""
+        body = await self.fill()
+        if body is None:
+            raise BodyTooLarge(f"the body is larger than {REPLAY_CAP} bytes")
+        return body
+
+    @property
+    def body(self) -> bytes | None:
+        """The whole body, where it is complete and kept."""
+        if not (self.complete and self.replayable):
+            return None
+        if len(self._kept) > 1:
+            self._kept = [b"".join(self._kept)]
+        return self._kept[0] if self._kept else b""
+
+    @property
+    def start(self) -> bytes:
+        """The first piece of what is kept."""
+        return self._kept[0] if self._kept else b""
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body from its first byte: what is kept, then what still comes.
+
+        May be called again while `replayable`.
+        """
+        for data in tuple(self._kept):
+            yield data
+        while not self.complete:
+            data = await self._next()
+            if not data:
+                break
+            self._count(data)
+            if self.size <= REPLAY_CAP:
+                self._kept.append(data)
+            else:
+                self.replayable = False
+                self._kept.clear()
+            self.complete = self._reader.at_eof()
+            yield data

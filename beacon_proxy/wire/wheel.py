@@ -1,0 +1,82 @@
+"""One coarse timer for every limit in the process.
+
+A timer a request (or a piece) costs more than the work it guards. Here things with a limit lie in
+buckets of 50 ms; when a bucket's time has come each is asked whether its limit has really passed,
+and names the next time to be asked. Moving a limit forward is an attribute write, nothing more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from heapq import heappop, heappush
+from math import ceil
+from typing import Protocol
+
+GRAIN = 0.05  # s
+
+
+class Timed(Protocol):
+    """Something with a limit."""
+
+    bucket: int | None  # written by the wheel alone
+
+    def expire(self, now: float) -> float | None:
+        """Act if the limit has passed. Returns when to be asked again, None for never."""
+        ...
+
+
+class Wheel:
+    """Buckets of things with limits, over the loop's clock."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._buckets: dict[int, set[Timed]] = {}
+        self._order: list[int] = []  # a heap of the buckets there are
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, thing: Timed, when: float) -> None:
+        """Ask `thing` at `when` (monotonic s, the base of the loop's own clock), or up to a grain later."""
+        self.drop(thing)
+        bucket = ceil(when / GRAIN)
+        thing.bucket = bucket
+        things = self._buckets.get(bucket)
+        if things is None:
+            self._buckets[bucket] = things = set()
+            heappush(self._order, bucket)
+            if self._order[0] == bucket:
+                self._arm()
+        things.add(thing)
+
+    def drop(self, thing: Timed) -> None:
+        """Never ask again. Does nothing for a thing that is not on the wheel."""
+        if thing.bucket is not None:
+            things = self._buckets.get(thing.bucket)
+            if things is not None:
+                things.discard(thing)
+            thing.bucket = None
+
+    def close(self) -> None:
+        """Stop the timer and forget everything."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        self._buckets.clear()
+        self._order.clear()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(self._order[0] * GRAIN, self._turn)
+
+    def _turn(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        # The loop's clock has whole milliseconds, so it may still stand just before the bucket.
+        while self._order and self._order[0] * GRAIN <= now + 0.002:
+            for thing in self._buckets.pop(heappop(self._order)):
+                thing.bucket = None
+                again = thing.expire(now)
+                if again is not None:
+                    self.add(thing, max(again, now + GRAIN))
+        if self._order:
+            self._arm()

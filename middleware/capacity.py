@@ -1,0 +1,65 @@
+"""Capacity: no backend gets more exchanges at once than its `max_in_flight`.
+
+Rule 1: a slot is taken in `admit` and given back in `Permit.release`, nowhere else.
+Rule 2: giving back twice gives back once; a double release must never free a stranger's slot.
+Rule 3: who finds every backend full waits in the core's queue, within the limits told here; this
+plugin itself never waits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from beacon_proxy.contracts import Backend, Exchange, Permit, QueueLimits
+
+
+@dataclass(slots=True)
+class Capacity:
+    """Count what runs on each backend and refuse above its limit."""
+
+    max_queue: int = field(
+        default=100, metadata={"help": "exchanges that may wait for room; 0: none waits"}
+    )
+    queue_timeout: float = field(
+        default=10.0, metadata={"help": "s an exchange waits for room at most; 0: not at all"}
+    )
+    _in_flight: dict[str, int] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.max_queue < 0:
+            raise ValueError(f"max_queue: must be >= 0, got {self.max_queue}")
+        if not 0 <= self.queue_timeout < math.inf:
+            raise ValueError(f"queue_timeout: must be >= 0 and finite, got {self.queue_timeout}")
+
+    def admit(self, exchange: Exchange, backend: Backend) -> Permit | None:
+        taken = self.in_flight(backend.name)
+        if taken >= backend.max_in_flight:
+            return None
+        self._in_flight[backend.name] = taken + 1
+        return _Slot(self._in_flight, backend.name)
+
+    def queue(self) -> QueueLimits:
+        return QueueLimits(size=self.max_queue, timeout=self.queue_timeout)
+
+    def in_flight(self, name: str) -> int:
+        """Return how many slots of the backend `name` are taken."""
+        return self._in_flight.get(name, 0)
+
+
+@dataclass(slots=True)
+class _Slot:
+    in_flight: dict[str, int]
+    name: str
+    taken: bool = True
+
+    def release(self) -> None:
+        if not self.taken:
+            return
+        self.taken = False
+        left = self.in_flight[self.name] - 1
+        if left:
+            self.in_flight[self.name] = left
+        else:
+            # Backends come and go: a name at zero must not stay for ever.
+            del self.in_flight[self.name]

@@ -1,0 +1,252 @@
+"""Cost: which backend is worth asking first, by price, by speed, or by a blend of the two pools.
+
+Every order holds inside a candidate's priority and ends in the same ties: nearer, less in flight,
+less often picked; so two equal backends share the load.
+
+**The credit rule of the blend** (smooth weighted round robin, as in nginx, between two pools). An
+exchange of amount *a* (1, its seconds or its cost) gives each pool its share of *a* and takes *a*
+from the pool that served it; the pool with more credit goes first. The two credits always sum to
+zero, so one number holds both. Over any stretch a pool's part is its share, off by no more than its
+credit moved.
+Rule 1: what runs counts in advance at its pool's mean amount, else a burst that arrives before the
+    first answer would all go to one pool. A permit holds that advance.
+Rule 2: an attempt that failed before an answer served nobody and is forgotten.
+Rule 3: a full pool spills into the other; it is only the order that the blend decides.
+Rule 4: credit is capped, so that an outage is not followed by a stampede.
+Rule 5: only exchanges that the blend decides are counted. Those that ask for cost or latency go
+    where they want without bending the split of the others.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from beacon_proxy.contracts import (
+    Backend,
+    Candidate,
+    Candidates,
+    Clock,
+    Exchange,
+    Outcome,
+    Permit,
+    Verdict,
+)
+
+_MODES = ("blend", "cost", "latency")
+_UNITS = ("requests", "seconds", "cost")
+_POOLS = ("baseline", "burst")
+# How far a credit may go, in mean amounts. A request is always 1, so only an outage moves the
+# credit far: 3 bounds what 300 later requests see of it to one point. Seconds and money vary by
+# themselves.
+_REACH = {"requests": 3.0, "seconds": 30.0, "cost": 30.0}
+_MEAN_WEIGHT = 0.1  # of the newest amount in a pool's mean
+_PRICE_MEMORY = 0.999  # kept of the past at each attempt: the last thousand or so make the average
+# A backend ten times slower than the best is asked again after about 3.3 of these: often enough to
+# find out that a cold GPU is warm now, too seldom to be felt by clients.
+_HALF_LIFE = 300.0  # s
+_UNPROVEN = 120.0  # s, the latency held against who failed and never answered: the default limit
+_LEAST_SUCCESS = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """The split between the pools."""
+
+    baseline: float = field(default=0.7, metadata={"help": "share of the baseline pool, 0..1"})
+    burst: float = field(
+        default=0.3, metadata={"help": "share of the burst pool; the shares sum to 1"}
+    )
+    by: Literal["requests", "seconds", "cost"] = field(
+        default="requests", metadata={"help": "what is split: requests, seconds or cost (USD)"}
+    )
+
+    def __post_init__(self) -> None:
+        if not (self.baseline >= 0 and self.burst >= 0):
+            raise ValueError(f"shares: must be >= 0, got {self.baseline} and {self.burst}")
+        if not abs(self.baseline + self.burst - 1) <= 1e-6:
+            raise ValueError(f"shares: must sum to 1, got {self.baseline + self.burst:g}")
+        if self.by not in _UNITS:
+            raise ValueError(f"by: must be one of {', '.join(_UNITS)}, got {self.by!r}")
+
+
+@dataclass(slots=True)
+class Cost:
+    """Order candidates inside their priority and hold the blend of the pools."""
+
+    default: Literal["blend", "cost", "latency"] = field(
+        default="blend", metadata={"help": "order for exchanges without X-Beacon-Cost-Priority"}
+    )
+    blend: Blend = field(default_factory=Blend, metadata={"help": "split between the pools"})
+    max_blended_price: float | None = field(
+        default=None,
+        metadata={"help": "USD per second; while the average paid is above, cheapest first"},
+    )
+    clock: Clock = field(default=time.monotonic, metadata={"injected": True}, repr=False)
+    _ledger: _Ledger = field(init=False, repr=False)
+    _paid: float = field(default=0.0, init=False, repr=False)  # USD, fading
+    _seconds: float = field(default=0.0, init=False, repr=False)  # s, fading alike
+
+    def __post_init__(self) -> None:
+        if self.default not in _MODES:
+            raise ValueError(f"default: must be one of {', '.join(_MODES)}, got {self.default!r}")
+        bound = self.max_blended_price
+        if bound is not None and not 0 < bound < math.inf:
+            raise ValueError(f"max_blended_price: must be > 0 and finite, got {bound}")
+        self._ledger = _Ledger(self.blend)
+
+    def select(self, exchange: Exchange, candidates: Candidates) -> Candidates:
+        """Sort; candidates of last resort stay behind, in the order in which they came."""
+        sound = [c for c in candidates if not c.last_resort]
+        sound.sort(key=self._rank(exchange))
+        return sound + [c for c in candidates if c.last_resort]
+
+    def admit(self, exchange: Exchange, backend: Backend) -> Permit | None:
+        """Never refuses; the permit counts the exchange in advance."""
+        if self._counts(exchange, backend):
+            return _Advance(self._ledger, backend.pool)
+        return _NOTHING
+
+    def observe(self, exchange: Exchange, outcome: Outcome) -> None:
+        backend, seconds = outcome.backend, outcome.duration
+        if outcome.sent:
+            self._paid = self._paid * _PRICE_MEMORY + seconds * backend.price_per_second
+            self._seconds = self._seconds * _PRICE_MEMORY + seconds
+        served = outcome.committed or outcome.verdict in (Verdict.GOOD, Verdict.CALLER)
+        if not served or not self._counts(exchange, backend):
+            return
+        amount = 1.0 if self.blend.by == "requests" else seconds
+        if self.blend.by == "cost":
+            amount *= backend.price_per_second
+        self._ledger.charge(backend.pool, amount)
+
+    def blended_price(self) -> float:
+        """Return the average paid of late, USD per second of attempts."""
+        return self._paid / self._seconds if self._seconds else 0.0
+
+    def _mode(self, exchange: Exchange) -> str:
+        if exchange.cost_priority is None:
+            return self.default
+        return "cost" if exchange.cost_priority else "latency"
+
+    def _counts(self, exchange: Exchange, backend: Backend) -> bool:
+        return self._mode(exchange) == "blend" and backend.pool in _POOLS
+
+    def _rank(self, exchange: Exchange) -> Callable[[Candidate], tuple[float, ...]]:
+        mode = self._mode(exchange)
+        bound = self.max_blended_price
+        # The operator's bound is over a client's wish for speed, too.
+        if mode == "cost" or (bound is not None and self.blended_price() > bound):
+            return _by_price
+        if mode == "latency":
+            now = self.clock()
+            return lambda c: _by_latency(c, now)
+        first = self._ledger.first()
+        return lambda c: _by_pool(c, first)
+
+
+def _by_price(c: Candidate) -> tuple[float, ...]:
+    price, live = c.backend.price_per_second, c.live
+    return c.priority, price, c.distance, live.in_flight, live.picked
+
+
+def _by_pool(c: Candidate, first: str) -> tuple[float, ...]:
+    backend, live = c.backend, c.live
+    pool = 0 if backend.pool == first else 1 if backend.pool in _POOLS else 2
+    price = backend.price_per_second
+    return c.priority, pool, c.distance, price, live.in_flight, live.picked
+
+
+def _by_latency(c: Candidate, now: float) -> tuple[float, ...]:
+    """Score in seconds: failures raise it, time without news lowers it.
+
+    Unknown ones are tried first, but by one exchange at a time while others are known: a burst must
+    not pile up before a GPU that is only starting. The same goes for estimates that faded.
+    """
+    live = c.live
+    idle = live.in_flight == 0
+    untried = live.latency is None and live.success >= 1.0
+    if untried and idle:
+        score = 0.0
+    else:
+        latency = _UNPROVEN if live.latency is None else live.latency
+        score = latency / max(live.success, _LEAST_SUCCESS)
+        if idle:
+            score *= 0.5 ** (max(0.0, now - live.last_used) / _HALF_LIFE)
+    # Among the untried, spreading out tells more than staying near.
+    spread = live.in_flight if untried else 0
+    return c.priority, score, spread, c.distance, live.in_flight, live.picked
+
+
+@dataclass(slots=True)
+class _Ledger:
+    """The credit between the pools, kept by the rules above."""
+
+    blend: Blend
+    credit: float = 0.0  # of baseline, in amounts; burst's is the same below zero
+    mean: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_POOLS, 1.0))
+    running: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_POOLS, 0))
+    proven: set[str] = field(default_factory=set)  # pools whose mean is their own
+
+    def first(self) -> str:
+        # At zero, too, a pool without a share is last. Burst needs no word: without a share of its
+        # own the standing never falls below zero.
+        return "baseline" if self.blend.baseline and self._standing() >= 0.0 else "burst"
+
+    def charge(self, pool: str, amount: float) -> None:
+        """Book an exchange that `pool` has served."""
+        self._weigh(pool, amount)
+        blend = self.blend
+        self.credit += blend.baseline * amount if pool == "burst" else -blend.burst * amount
+        # The standing is capped, not the credit: that swings with the order in which a burst ends.
+        standing = self._standing()
+        reach = _REACH[blend.by] * max(self.mean.values())
+        self.credit += min(max(standing, -reach), reach) - standing
+
+    def _standing(self) -> float:
+        """Return the credit as it will be once all that runs has been served."""
+        mean, running, blend = self.mean, self.running, self.blend
+        served_by_baseline = running["baseline"] * mean["baseline"]
+        served_by_burst = running["burst"] * mean["burst"]
+        return self.credit - blend.burst * served_by_baseline + blend.baseline * served_by_burst
+
+    def _weigh(self, pool: str, amount: float) -> None:
+        if pool in self.proven:
+            self.mean[pool] += _MEAN_WEIGHT * (amount - self.mean[pool])
+            return
+        self.proven.add(pool)
+        # Until the other pool has served, the best guess is that its exchanges are alike.
+        for each in _POOLS:
+            if each == pool or each not in self.proven:
+                self.mean[each] = amount
+
+
+class _Nothing:
+    """The permit of an exchange that the blend does not count."""
+
+    __slots__ = ()
+
+    def release(self) -> None:
+        """Give back nothing."""
+
+
+_NOTHING = _Nothing()
+
+
+class _Advance:
+    """One running exchange of a pool; a second release changes nothing."""
+
+    __slots__ = ("_ledger", "_pool")
+
+    def __init__(self, ledger: _Ledger, pool: str) -> None:
+        ledger.running[pool] += 1
+        self._ledger: _Ledger | None = ledger
+        self._pool = pool
+
+    def release(self) -> None:
+        if self._ledger is not None:
+            self._ledger.running[self._pool] -= 1
+            self._ledger = None

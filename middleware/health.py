@@ -1,0 +1,324 @@
+"""Health: which backends may be asked, by what their answers and the probes say.
+
+    READY ---- `consecutive_failures` strikes in a row ----> EJECTED <--+
+      ^                                                        |        | a strike: longer
+      |                                                  its time is up |
+      |                                                        v        |
+      +------------- a good answer ------------------------- TRIAL -----+
+
+RESTING lies across: a backend that pushed back (busy, loading) is left alone until its time is up
+and gets no strike for it. A caller's fault and a client that left change nothing.
+
+Rule 1: an attempt or probe that began before the ejection says nothing new, however it ends. So the
+    twenty streams that die with a backend are one ejection, and their stragglers spoil no trial.
+Rule 2: on TRIAL one exchange at a time sees the backend, in its usual place: behind the healthy
+    ones it would never be tried, and failover protects the client. The permit of that exchange is a
+    lease; it ends by itself, so that a trial nobody reports cannot lock the backend out.
+Rule 3: an ejection lasts base * n, n growing with each and falling by one for each
+    `base_ejection_time` of good time since (Envoy's outlier detection does it by its interval).
+Rule 4: a probe proves only what it exercises: that the server accepts and answers. It lifts an
+    ejection, or forgives strikes, only where every strike came from probes or from the connect.
+Rule 5: if nothing stands ready, all are offered as a last resort, the least bad first (resting
+    before ejected, soonest back, fewest strikes): a guess beats a certain 503. A lease refuses
+    nobody then.
+Rule 6: `live.healthy` is what operators see: false while ejected or loading, true again once a
+    trial may begin. It steers nothing here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from beacon_proxy.contracts import (
+    Backend,
+    Candidate,
+    Candidates,
+    Check,
+    Clock,
+    Exchange,
+    Fault,
+    Fleet,
+    Live,
+    Notify,
+    Outcome,
+    Permit,
+    Stage,
+    Verdict,
+    tell_nobody,
+)
+
+_REST = 1.0  # s, for a backend that pushed back without saying for how long
+_AT_ONCE = 16  # probes side by side
+_ROUND_JITTER = 0.1  # of the interval either way: instances must not probe in step
+_EJECTION_JITTER = 0.1  # upwards: backends that fell together must not come back together
+_STALE = 10  # intervals after which a busy backend is probed all the same: its models may be new
+
+
+@dataclass(slots=True)
+class Health:
+    """Keep back what fails, and find out when it is well again."""
+
+    probe_interval: float = field(
+        default=30.0, metadata={"help": "s between two rounds of free health checks; 0: none"}
+    )
+    probe_timeout: float = field(default=5.0, metadata={"help": "s a health check may take"})
+    consecutive_failures: int = field(
+        default=5, metadata={"help": "strikes in a row until a backend is ejected"}
+    )
+    base_ejection_time: float = field(
+        default=30.0, metadata={"help": "s of the first ejection; the n-th in a row lasts n times"}
+    )
+    max_ejection_time: float = field(
+        default=300.0, metadata={"help": "s an ejection, or a rest asked for, lasts at most"}
+    )
+    clock: Clock = field(default=time.monotonic, metadata={"injected": True}, repr=False)
+    rng: random.Random = field(
+        default_factory=random.Random, metadata={"injected": True}, repr=False
+    )
+    notify: Notify = field(default=tell_nobody, metadata={"injected": True}, repr=False)
+    _records: dict[str, _Record] = field(default_factory=dict, init=False, repr=False)
+    _panic: str | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.probe_interval < math.inf:
+            raise ValueError(f"probe_interval: must be >= 0 and finite, got {self.probe_interval}")
+        for name in ("probe_timeout", "base_ejection_time", "max_ejection_time"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}: must be > 0 and finite, got {value}")
+        if self.consecutive_failures < 1:
+            raise ValueError(f"consecutive_failures: must be >= 1, got {self.consecutive_failures}")
+        if self.max_ejection_time < self.base_ejection_time:
+            raise ValueError(
+                f"max_ejection_time: must be >= base_ejection_time ({self.base_ejection_time}),"
+                f" got {self.max_ejection_time}"
+            )
+
+    def select(self, exchange: Exchange, candidates: Candidates) -> Candidates:
+        """Keep those that stand ready, in their order; if none does, all as a last resort.
+
+        Where the exchange itself requires a region, the rest of the world does not count as ready.
+        """
+        if exchange.region and exchange.region_mode == "require":
+            candidates = [c for c in candidates if c.backend.region == exchange.region]
+        now = self.clock()
+        ready = [c for c in candidates if self._stands_ready(c, now)]
+        self._panic = None if ready else exchange.id
+        if ready:
+            return ready
+        for candidate in candidates:
+            candidate.last_resort = True
+        return sorted(candidates, key=self._badness)
+
+    def admit(self, exchange: Exchange, backend: Backend) -> Permit | None:
+        """Take the lease of a backend on trial; any other is let through."""
+        record = self._records.get(backend.name)
+        if record is None or not record.live.ejected_until:
+            return _NOTHING
+        now = self.clock()
+        if record.live.ejected_until > now:
+            return _NOTHING  # ejected and asked all the same: a last resort
+        if record.leased(now):
+            # The core plans and admits in one synchronous stretch, so the last plan is its own.
+            return _NOTHING if self._panic == exchange.id else None
+        lease = _Lease(record, now + self.probe_timeout + self.base_ejection_time)
+        record.lease = lease
+        return lease
+
+    def observe(self, exchange: Exchange, outcome: Outcome) -> None:
+        record = self._records.get(outcome.backend.name)
+        if record is None:
+            return
+        if outcome.verdict is Verdict.BUSY:
+            self._rest(record, outcome.retry_after)
+        elif outcome.started < record.ejected_at:
+            return
+        elif outcome.verdict is Verdict.GOOD:
+            record.good_at = self.clock()
+            self._good(record)
+        elif outcome.verdict is Verdict.STRIKE:
+            deep = outcome.stage is not Stage.CONNECT
+            self._strike(record, outcome.started, outcome.fault, outcome.stage, deep=deep)
+
+    @asynccontextmanager
+    async def lifespan(self, fleet: Fleet) -> AsyncIterator[None]:
+        """Probe the fleet from now on; the first round starts at once and delays nobody."""
+        if not self.probe_interval:
+            yield
+            return
+        task = asyncio.create_task(self._probe(fleet), name="health.probes")
+        task.add_done_callback(self._stopped)
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait((task,))
+
+    def _stands_ready(self, candidate: Candidate, now: float) -> bool:
+        live = candidate.live
+        record = self._record(candidate)
+        if live.resting_until > now or live.ejected_until > now:
+            return False
+        return not (live.ejected_until and record.leased(now))
+
+    def _badness(self, candidate: Candidate) -> tuple[bool, float, int]:
+        live = candidate.live
+        until = max(live.ejected_until, live.resting_until)
+        return live.ejected_until > 0, until, self._record(candidate).strikes
+
+    def _record(self, candidate: Candidate) -> _Record:
+        name = candidate.backend.name
+        record = self._records.get(name)
+        # Another `live` under the same name is another backend: nothing of the old one holds.
+        if record is None or record.live is not candidate.live:
+            record = self._records[name] = _Record(name, candidate.live)
+        return record
+
+    def _rest(self, record: _Record, seconds: float | None) -> None:
+        until = self.clock() + min(_REST if seconds is None else seconds, self.max_ejection_time)
+        record.live.resting_until = max(record.live.resting_until, until)
+
+    def _good(self, record: _Record) -> None:
+        live = record.live
+        record.strikes, record.deep, live.healthy = 0, False, True
+        if record.loading:
+            record.loading, live.resting_until = False, 0.0
+        if live.ejected_until:
+            live.ejected_until, record.lease, record.restored_at = 0.0, None, self.clock()
+            self.notify("backend.restored", backend=record.name)
+
+    def _strike(
+        self, record: _Record, started: float, fault: Fault | None, stage: str, *, deep: bool
+    ) -> None:
+        record.strikes += 1
+        record.deep = record.deep or deep
+        ejected_until = record.live.ejected_until
+        if ejected_until > started:
+            return  # asked as a last resort: it serves its time, no more
+        if not ejected_until:
+            if record.strikes < self.consecutive_failures:
+                return
+            good_time = self.clock() - record.restored_at
+            record.ejections -= min(record.ejections, int(good_time // self.base_ejection_time))
+        self._eject(record, fault, stage)
+
+    def _eject(self, record: _Record, fault: Fault | None, stage: str) -> None:
+        # Counting on above the longest time would only make the way back down longer.
+        most = math.ceil(self.max_ejection_time / self.base_ejection_time)
+        record.ejections = min(record.ejections + 1, most)
+        stretched = self.base_ejection_time * self.rng.uniform(1.0, 1.0 + _EJECTION_JITTER)
+        seconds = min(stretched * record.ejections, self.max_ejection_time)
+        record.ejected_at, record.lease = self.clock(), None
+        record.live.ejected_until = record.ejected_at + seconds
+        record.live.healthy = False
+        self.notify(
+            "backend.ejected",
+            backend=record.name,
+            seconds=round(seconds, 3),
+            ejections=record.ejections,
+            fault=fault,
+            stage=stage,
+        )
+
+    async def _probe(self, fleet: Fleet) -> None:
+        while True:
+            await self._round(fleet)
+            stretch = self.rng.uniform(1.0 - _ROUND_JITTER, 1.0 + _ROUND_JITTER)
+            await asyncio.sleep(self.probe_interval * stretch)
+
+    async def _round(self, fleet: Fleet) -> None:
+        fleet_now = fleet.candidates()
+        records = {c.backend.name: self._record(c) for c in fleet_now}
+        self._records = records  # and those that left the fleet are forgotten
+        now = self.clock()
+        gate = asyncio.Semaphore(_AT_ONCE)
+        async with asyncio.TaskGroup() as group:
+            for candidate in fleet_now:
+                record = records[candidate.backend.name]
+                if self._wants_probe(record, now):
+                    name = f"health.probe.{record.name}"
+                    group.create_task(self._ask(fleet, candidate, record, gate), name=name)
+
+    def _wants_probe(self, record: _Record, now: float) -> bool:
+        """Real traffic outranks probes: who answers clients well is not asked whether it does."""
+        proven = not record.strikes and now - record.good_at < self.probe_interval
+        return not proven or now - record.probed_at >= self.probe_interval * _STALE
+
+    async def _ask(
+        self, fleet: Fleet, candidate: Candidate, record: _Record, gate: asyncio.Semaphore
+    ) -> None:
+        async with gate:
+            record.probed_at = self.clock()
+            check = await fleet.check(candidate, self.probe_timeout)
+        self._learn(record, check or _CANNOT_TELL, record.probed_at)
+
+    def _learn(self, record: _Record, check: Check, started: float) -> None:
+        live = record.live
+        if started < record.ejected_at:
+            return
+        if check.verdict is Verdict.STRIKE:
+            self._strike(record, started, check.fault, "probe", deep=False)
+        elif check.verdict is Verdict.BUSY:
+            # Until the next round has asked again, and that may be a late one.
+            next_round = self.probe_interval * (1.0 + _ROUND_JITTER) + self.probe_timeout
+            self._rest(record, next_round if check.retry_after is None else check.retry_after)
+            record.loading, live.healthy = True, False
+        elif check.verdict is Verdict.GOOD and not record.deep:
+            self._good(record)
+        elif live.ejected_until <= self.clock() and not record.loading:
+            live.healthy = True  # on trial: it may be asked
+
+    def _stopped(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            self.notify("probes.stopped", error=repr(task.exception()))
+
+
+@dataclass(slots=True)
+class _Record:
+    """What health remembers of a backend beside what `live` shows."""
+
+    name: str
+    live: Live
+    strikes: int = 0  # in a row
+    deep: bool = False  # one of them came after the connect, where no probe looks
+    ejections: int = 0  # of the present run, the multiplier of its time
+    ejected_at: float = -math.inf  # monotonic s
+    restored_at: float = 0.0  # monotonic s
+    loading: bool = False  # the rest was asked for by a probe, so a probe may end it
+    good_at: float = -math.inf  # monotonic s, last good answer to a client
+    probed_at: float = -math.inf  # monotonic s
+    lease: _Lease | None = None
+
+    def leased(self, now: float) -> bool:
+        return self.lease is not None and self.lease.until > now
+
+
+@dataclass(slots=True)
+class _Lease:
+    """The permit of a trial."""
+
+    record: _Record
+    until: float  # monotonic s
+
+    def release(self) -> None:
+        if self.record.lease is self:
+            self.record.lease = None
+
+
+class _Nothing:
+    """The permit of an exchange that needs none."""
+
+    __slots__ = ()
+
+    def release(self) -> None:
+        """Give back nothing."""
+
+
+_NOTHING = _Nothing()
+_CANNOT_TELL = Check(Verdict.NEUTRAL)

@@ -1,0 +1,121 @@
+"""Capacity: slots are counted exactly, and given back once."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beacon_proxy.contracts import Backend, Exchange, Permit, QueueLimits
+from middleware.capacity import Capacity
+
+EXCHANGE = Exchange(id="x", method="POST", target=b"/", path="/", headers=(), started=0.0)
+
+
+def backend(name: str = "b", max_in_flight: int = 2) -> Backend:
+    return Backend(
+        name=name,
+        provider="openai",
+        url="http://127.0.0.1:1",
+        scheme="http",
+        host="127.0.0.1",
+        port=1,
+        max_in_flight=max_in_flight,
+    )
+
+
+def test_admit_when_backend_is_full_refuses_and_lets_others_in() -> None:
+    capacity = Capacity()
+    full, free = backend("full", 2), backend("free", 1)
+    assert capacity.admit(EXCHANGE, full)
+    assert capacity.admit(EXCHANGE, full)
+    assert capacity.admit(EXCHANGE, full) is None
+    assert capacity.admit(EXCHANGE, free)
+    assert (capacity.in_flight("full"), capacity.in_flight("free")) == (2, 1)
+
+
+def test_admit_when_slot_was_released_takes_it_again() -> None:
+    capacity, one = Capacity(), backend(max_in_flight=1)
+    permit = capacity.admit(EXCHANGE, one)
+    assert permit is not None
+    assert capacity.admit(EXCHANGE, one) is None
+    permit.release()
+    assert capacity.in_flight("b") == 0
+    assert capacity.admit(EXCHANGE, one)
+
+
+def test_release_when_called_twice_frees_only_its_own_slot() -> None:
+    """Guards against counters that drift: a second release must not free a stranger's slot."""
+    capacity, two = Capacity(), backend(max_in_flight=2)
+    mine, other = capacity.admit(EXCHANGE, two), capacity.admit(EXCHANGE, two)
+    assert mine is not None
+    assert other is not None
+    mine.release()
+    mine.release()
+    assert capacity.in_flight("b") == 1
+    assert capacity.admit(EXCHANGE, two)
+    assert capacity.admit(EXCHANGE, two) is None
+
+
+def test_in_flight_when_backend_is_unknown_is_zero() -> None:
+    assert Capacity().in_flight("nobody") == 0
+
+
+def test_release_when_last_slot_goes_forgets_the_name() -> None:
+    """Guards against growth: discovered backends come and go under ever new names."""
+    capacity = Capacity()
+    for n in range(50):
+        permit = capacity.admit(EXCHANGE, backend(f"node-{n}"))
+        assert permit is not None
+        permit.release()
+    assert capacity._in_flight == {}
+
+
+def test_queue_tells_the_configured_limits() -> None:
+    assert Capacity().queue() == QueueLimits(size=100, timeout=10.0)
+    assert Capacity(max_queue=0, queue_timeout=0).queue() == QueueLimits(size=0, timeout=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_queue": -1}, "max_queue: must be >= 0, got -1"),
+        ({"queue_timeout": -0.5}, "queue_timeout: must be >= 0 and finite, got -0.5"),
+        ({"queue_timeout": math.inf}, "queue_timeout: must be >= 0 and finite, got inf"),
+        ({"queue_timeout": math.nan}, "queue_timeout: must be >= 0 and finite, got nan"),
+    ],
+)
+def test_options_when_out_of_range_are_named(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Capacity(**options)  # type: ignore[arg-type]
+
+
+@settings(deadline=None)
+@given(
+    limits=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    steps=st.lists(st.tuples(st.integers(0, 2), st.booleans(), st.integers(0, 20)), max_size=80),
+)
+def test_permits_whatever_the_order_never_exceed_and_return_to_zero(
+    limits: list[int], steps: list[tuple[int, bool, int]]
+) -> None:
+    capacity = Capacity()
+    backends = [backend(f"b{n}", limit) for n, limit in enumerate(limits)]
+    held: list[tuple[str, Permit]] = []
+    for which, take, pick in steps:
+        chosen = backends[which % len(backends)]
+        if take:
+            before = capacity.in_flight(chosen.name)
+            permit = capacity.admit(EXCHANGE, chosen)
+            assert (permit is None) == (before == chosen.max_in_flight)
+            if permit is not None:
+                held.append((chosen.name, permit))
+        elif held:
+            held.pop(pick % len(held))[1].release()
+        for each in backends:
+            running = sum(name == each.name for name, _ in held)
+            assert capacity.in_flight(each.name) == running <= each.max_in_flight
+    for _, permit in held:
+        permit.release()
+    assert all(capacity.in_flight(each.name) == 0 for each in backends)

@@ -1,0 +1,194 @@
+"""The last hour in memory, against sums over all attempts kept whole."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beacon_proxy.contracts import Backend, Outcome, Stage, Usage, Verdict
+from beacon_proxy.ops.windows import Key, Totals, Windows
+
+
+class FakeClock:
+    def __init__(self, now: float = 1_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def backend(
+    name: str = "b0", region: str = "us-east", models: frozenset[str] | None = None
+) -> Backend:
+    return Backend(
+        name, "golem", "http://127.0.0.1:1", "http", "127.0.0.1", 1, region=region, models=models
+    )
+
+
+def outcome(
+    verdict: Verdict = Verdict.GOOD,
+    *,
+    at: Backend | None = None,
+    ttft: float | None = None,
+    duration: float = 1.0,
+    usage: Usage | None = None,
+) -> Outcome:
+    return Outcome(
+        at or backend(), 1, verdict, Stage.DONE, ttft=ttft, duration=duration, usage=usage
+    )
+
+
+def total(windows: Windows, minutes: int = 60) -> Totals:
+    return windows.totals(minutes, by=lambda _: "all").get("all", Totals())
+
+
+def by_model(windows: Windows) -> dict[str, int]:
+    groups = windows.totals(60, by=lambda key: key.model)
+    return {model: totals.attempts for model, totals in groups.items()}
+
+
+def test_totals_when_attempts_differ_sums_each_number() -> None:
+    windows = Windows(FakeClock())
+    windows.add(outcome(ttft=0.1, duration=2.0, usage=Usage(3, 5)), "m", 0.5)
+    windows.add(outcome(Verdict.STRIKE, duration=0.25), "m", 0.0)
+    windows.add(outcome(Verdict.CALLER, duration=0.5), "m", 0.25)
+    windows.add(outcome(Verdict.NEUTRAL), "m", 0.0)
+    found = total(windows)
+    assert (found.attempts, found.good, found.strikes) == (4, 1, 1)
+    assert (found.seconds, found.usd) == (3.75, 0.75)
+    assert (found.tokens_in, found.tokens_out) == (3, 5)
+    assert found.success_rate() == 0.5
+
+
+def test_totals_when_grouped_keeps_groups_apart() -> None:
+    windows = Windows(FakeClock())
+    windows.add(outcome(at=backend("a", "us-east")), "m", 1.0)
+    windows.add(outcome(at=backend("b", "eu-west")), "m", 2.0)
+    windows.add(outcome(at=backend("c", "eu-west")), "m", 4.0)
+    groups = windows.totals(60, by=lambda key: key.region)
+    assert {region: totals.usd for region, totals in groups.items()} == {
+        "us-east": 1.0,
+        "eu-west": 6.0,
+    }
+
+
+def test_totals_when_nothing_happened_has_no_rate_and_no_quantile() -> None:
+    found = total(Windows(FakeClock()))
+    assert found.success_rate() is None
+    assert found.ttft_quantile(0.5) is None
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 600), st.floats(0, 100)), max_size=60),
+    st.sampled_from([1, 5, 60]),
+)
+def test_totals_equal_a_whole_log_over_any_history(
+    history: list[tuple[float, float]], minutes: int
+) -> None:
+    """A ring that forgets to clear a minute, or clears one too early, shows here."""
+    clock = FakeClock()
+    windows = Windows(clock)
+    log: list[tuple[float, float]] = []
+    for pause, usd in history:
+        clock.now += pause
+        windows.add(outcome(), None, usd)
+        log.append((clock.now, usd))
+    since = clock.now // 60 - minutes
+    kept = [usd for at, usd in log if at // 60 >= since]
+    found = total(windows, minutes)
+    assert found.attempts == len(kept)
+    assert found.usd == pytest.approx(sum(kept))
+
+
+def test_totals_keep_the_sixtieth_full_minute_while_a_new_one_begins() -> None:
+    clock = FakeClock(6_000.0)
+    windows = Windows(clock)
+    windows.add(outcome(), "m", 1.0)
+    clock.now += 3600
+    windows.add(outcome(), "m", 2.0)
+    assert total(windows).usd == 3.0
+    clock.now += 60
+    assert total(windows).usd == 2.0
+
+
+def test_totals_when_idle_for_hours_are_empty() -> None:
+    clock = FakeClock()
+    windows = Windows(clock)
+    windows.add(outcome(), "m", 1.0)
+    clock.now += 7200
+    assert total(windows).attempts == 0
+
+
+@given(st.lists(st.floats(0.001, 3600.0), min_size=1, max_size=80), st.sampled_from([0.5, 0.95]))
+def test_ttft_quantile_is_within_ten_percent(values: list[float], q: float) -> None:
+    windows = Windows(FakeClock())
+    for value in values:
+        windows.add(outcome(ttft=value), "m", 0.0)
+    exact = sorted(values)[math.ceil(q * len(values)) - 1]
+    assert total(windows).ttft_quantile(q) == pytest.approx(exact, rel=0.1)
+
+
+@pytest.mark.parametrize("extreme", [0.0, 1e-9, 1e6])
+def test_ttft_when_extreme_is_counted_and_stays_bounded(extreme: float) -> None:
+    windows = Windows(FakeClock())
+    windows.add(outcome(ttft=extreme), "m", 0.0)
+    quantile = total(windows).ttft_quantile(0.5)
+    assert quantile is not None
+    assert 0.0005 < quantile < 5000
+
+
+def test_covered_in_a_young_process_is_its_age() -> None:
+    clock = FakeClock(6_000.0)
+    windows = Windows(clock)
+    clock.now += 90
+    assert windows.covered(60) == 90
+    assert windows.covered(1) == 90  # the begun minute and the full one before it
+    clock.now += 7200
+    assert windows.covered(1) == 60 + 30
+    assert windows.covered(60) == 3600 + 30
+
+
+def test_model_when_spelled_differently_is_one() -> None:
+    windows = Windows(FakeClock())
+    windows.add(outcome(), "llama3.2:1b", 0.0)
+    windows.add(outcome(), "Llama3.2-1b", 0.0)
+    assert by_model(windows) == {"llama3.2-1b": 2}
+
+
+def test_model_when_absent_is_unknown() -> None:
+    windows = Windows(FakeClock())
+    windows.add(outcome(), None, 0.0)
+    assert by_model(windows) == {"unknown": 1}
+
+
+def test_model_when_configured_is_kept_without_a_good_answer() -> None:
+    windows = Windows(FakeClock())
+    configured = backend(models=frozenset({"m"}))
+    windows.add(outcome(Verdict.STRIKE, at=configured), "m", 0.0)
+    assert by_model(windows) == {"m": 1}
+
+
+def test_model_when_never_answered_well_is_other() -> None:
+    windows = Windows(FakeClock())
+    windows.add(outcome(Verdict.CALLER), "made-up", 0.0)
+    windows.add(outcome(Verdict.GOOD), "real", 0.0)
+    windows.add(outcome(Verdict.STRIKE), "real", 0.0)
+    assert by_model(windows) == {"other": 1, "real": 2}
+
+
+def test_models_when_a_client_makes_up_thousands_stay_bounded() -> None:
+    """A backend that takes any name must not let a client fill our memory."""
+    windows = Windows(FakeClock())
+    for n in range(5000):
+        windows.add(outcome(), f"m{n}" + "x" * 1000, 0.0)
+    models = by_model(windows)
+    assert len(models) <= 129
+    assert sum(models.values()) == 5000
+    assert max(map(len, models)) <= 128
+
+
+def test_key_names_what_costs_may_be_grouped_by() -> None:
+    assert Key._fields == ("backend", "provider", "region", "pool", "model")
