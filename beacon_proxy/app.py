@@ -94,7 +94,6 @@ class App:
             self._http, server.host, server.port, backlog=BACKLOG, reuse_address=True
         )
         self.port = self._server.sockets[0].getsockname()[1]
-        await self.fleet.open()
         self._stack.push_async_callback(self.fleet.close)
         for lifespan in chain.lifespans:
             await self._stack.enter_async_context(lifespan(self.fleet))
@@ -155,10 +154,11 @@ class App:
         seconds = self._settings.server.drain_timeout if drain is None else drain
         self.telemetry.notify("server.draining", seconds=seconds)
         server.close()
-        self._http.pre_shutdown()
         deadline = time.monotonic() + seconds
+        self._http.pre_shutdown()
         while self._http.connections and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
+            self._http.pre_shutdown()
         await self._http.shutdown(0.05)
         await self._stack.aclose()
         if self._pool is not None and self._wheel is not None:

@@ -30,7 +30,7 @@ from .plugins import Plugins
 
 OLLAMA = "http://127.0.0.1:11434"
 SLOTS = 2  # requests at once that a backend of the demo has room for
-ANSWER = 256  # tokens; so small a model does not always find an end
+ANSWER = 160  # tokens; so small a model does not always find an end
 PORTS = 100  # how far to look for a free one
 
 # name, provider, kind, region

@@ -45,7 +45,7 @@ class Api:
 
 def named(obj: dict[str, Any]) -> bytes:
     """An SSE event with its `event:` line, as Anthropic and the Responses API write it."""
-    return b"event: " + obj["type"].encode() + b"\n" + event(obj)
+    return b"event: %b\n%b" % (str(obj["type"]).encode(), event(obj))
 
 
 def line(obj: Any) -> bytes:

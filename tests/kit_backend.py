@@ -207,7 +207,8 @@ class RawBackend:
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
 
     @property
     def connections(self) -> int:
@@ -232,7 +233,9 @@ class RawBackend:
             raise self.errors[0]
 
     async def listen(self) -> None:
-        """Accept connections; after `stop` again on the same port."""
+        """Accept connections; after `stop` again on the same port. Called twice it does nothing."""
+        if self._server is not None:
+            return
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
             lambda: Wire(self._opened), self.host, self.port, reuse_address=True

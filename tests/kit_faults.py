@@ -218,4 +218,3 @@ def sized(status: str, kind: str, body: bytes, *lines: str) -> bytes:
 
 def as_json(status: str, body: Any, *lines: str) -> bytes:
     return sized(status, "application/json", json.dumps(body).encode(), *lines)
-

@@ -7,6 +7,8 @@ is no target at all is refused; nothing in between.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from .kit import (
@@ -27,8 +29,9 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 async def ask(raw: bytes, *rows: dict[str, str]) -> tuple[Answer, list[Received]]:
     """Send `raw`, and return the answer with what the backend received for it."""
     async with RawBackend(answer(OK)) as backend:
-        backends = [row | {"url": backend.url + row["url"]} for row in rows]
-        async with proxy(*(backends or [backend])) as p, RawClient(p.port) as client:
+        based = [row | {"url": backend.url + row["url"]} for row in rows]
+        asked: list[Any] = based or [backend]
+        async with proxy(*asked) as p, RawClient(p.port) as client:
             await client.send(raw)
             return await client.response(), backend.requests
 

@@ -213,6 +213,7 @@ async def test_serve_when_told_twice_stops_at_once(tmp_path: Path) -> None:
             assert time.monotonic() - started < 3, "the drain time is 20 s"
         await backend.closed.wait(timeout=2)
     assert not rest.endswith(LAST_CHUNK), "a clean end"
+    assert len(running.told("exchange.done")) == 1, "it is told like any other"
 
 
 async def test_serve_when_its_port_is_taken_is_one_line_and_exit_1(tmp_path: Path) -> None:

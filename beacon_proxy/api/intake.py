@@ -22,7 +22,7 @@ _STREAM = re.compile(rb'"stream"\s*:\s*(true|false)')
 _BOOLS = {b"true": True, b"false": False}
 
 
-def read_target(raw: str, head: RequestHead) -> bytes:
+def read_target(method: str, raw: str, head: RequestHead) -> bytes:
     """The request-target in origin-form, its bytes kept.
 
     The authority of an absolute-form target takes the place of Host (RFC 9112 3.2.2).
@@ -31,6 +31,8 @@ def read_target(raw: str, head: RequestHead) -> bytes:
         BadRequest: a target that two parsers could read in two ways.
     """
     target = raw.encode("utf-8", "surrogateescape")
+    if target == b"*" and method == "OPTIONS":
+        return target  # RFC 9112 3.2.4
     if not target.startswith(b"/"):
         absolute = _ABSOLUTE.match(target)
         if absolute is None:

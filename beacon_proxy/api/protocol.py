@@ -53,7 +53,7 @@ class ClientProtocol(RequestHandler):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if not self._messages:
-            if self._waiter is not None and not self._waiter.done():
+            if self.idle:
                 self._count_head(len(data))
             elif self._current_request is not None:
                 self._count_body(self._current_request.content, len(data))
@@ -70,10 +70,15 @@ class ClientProtocol(RequestHandler):
 
         aiohttp only wakes an idle connection; to drain, its transport has to go as well.
         """
-        idle = self._waiter is not None
+        idle = self.idle
         super().close()
         if idle and self.transport is not None:
             self.transport.close()
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for a request."""
+        return self._waiter is not None and not self._waiter.done()
 
     def _count_head(self, size: int) -> None:
         self._head_size += size
@@ -131,6 +136,12 @@ class BeaconServer(web.Server):
         super().__init__(handler, handler_cancellation=True)
         self._refused = refused
         self._head_timeout = head_timeout
+
+    def pre_shutdown(self) -> None:
+        """Close idle connections. Not the others: aiohttp would drop what they still receive."""
+        for connection in self.connections:
+            if isinstance(connection, ClientProtocol) and connection.idle:
+                connection.close()
 
     def __call__(self) -> ClientProtocol:
         return ClientProtocol(

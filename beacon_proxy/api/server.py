@@ -57,7 +57,7 @@ class Translator(Protocol):
 class Downlink:
     """`pipeline.Client`: sends an attempt's answer to the client as it is."""
 
-    __slots__ = ("_exchange", "_protocol", "_sink", "_transport")
+    __slots__ = ("_exchange", "_protocol", "_sink", "_transport", "_upload")
 
     def __init__(
         self,
@@ -65,8 +65,10 @@ class Downlink:
         protocol: ClientProtocol,
         transport: asyncio.Transport,
         sink: ClientSink,
+        upload: Upload,
     ) -> None:
         self._exchange = exchange
+        self._upload = upload
         self._protocol = protocol
         self._transport = transport
         self._sink = sink
@@ -76,6 +78,9 @@ class Downlink:
         assert answer is not None
         if attempt.upload_runs:
             self._sink.keep_alive = False  # the rest of the body would be taken for a request
+        else:
+            self._exchange.body = None  # a stream may last for minutes
+            self._upload.forget()
         if not answer.ended:
             self._sink.flow_from(attempt.flow)
         answer.commit(self._sink, answered_by(attempt.backend, attempts))
@@ -203,7 +208,7 @@ class Api:
         sink.own_fields(self._cors.fields(origin))
         if fault is not None:
             raise fault
-        exchange.target = read_target(request.raw_path, head)
+        exchange.target = read_target(request.method, request.raw_path, head)
         # The target in origin-form decides the route, whatever form it came in.
         exchange.path = exchange.target.partition(b"?")[0].decode("utf-8", "surrogateescape")
         if self._limits.total:
@@ -225,14 +230,13 @@ class Api:
             sink.send_own(204, (), b"")
             return True
         hops = head.rebuilt.get(b"max-forwards")
-        if hops is None:
-            return False
-        if not hops.isdigit():
+        if hops is not None and not hops.isdigit():
             raise BadRequest("Max-Forwards must be a number")
-        if int(hops[:9]) == 0:
+        if exchange.target == b"*" or (hops is not None and int(hops[:9]) == 0):
             sink.send_own(204, ((b"Allow", b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),), b"")
             return True
-        head.rebuilt[b"max-forwards"] = b"%d" % (int(hops[:9]) - 1)
+        if hops is not None:
+            head.rebuilt[b"max-forwards"] = b"%d" % (int(hops[:9]) - 1)
         return False
 
     def _upload(
@@ -277,7 +281,7 @@ class Api:
         if json:
             look(exchange, route, exchange.body, upload.start)
         source = Verbatim(exchange, head, upload, route)
-        client = Downlink(exchange, protocol, transport, sink)
+        client = Downlink(exchange, protocol, transport, sink, upload)
         await self._pipeline.run(exchange, source, client, run)
 
     def _refuse(self, exchange: Exchange, sink: ClientSink, exc: ProxyError) -> None:

@@ -84,6 +84,11 @@ class Attempt:
             self._stop_upload()
             connection = None
 
+    def _deadline(self) -> float:
+        exchange, total = self._exchange, self.backend.timeouts.total
+        own = exchange.started + total if total else inf
+        return own if exchange.deadline is None else min(own, exchange.deadline)
+
     async def _connect(self) -> Connection:
         """Connect, but not past the client's own deadline."""
         deadline = self._exchange.deadline
@@ -104,7 +109,7 @@ class Attempt:
             stream=outgoing.stream,
             head_only=exchange.method == "HEAD",
             upgrade=source.upgrade,
-            deadline=exchange.deadline if exchange.deadline is not None else inf,
+            deadline=self._deadline(),
             lone=lone,
         )
         self._connection = connection

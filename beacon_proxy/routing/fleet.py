@@ -21,6 +21,7 @@ from ..contracts import (
     Verdict,
     canonical_model,
 )
+from ..wire.pool import tls_context
 
 _WEIGHT = 0.2  # of the newest outcome in the moving averages: about the last ten count
 
@@ -42,7 +43,7 @@ class Fleet:
         self._version = version
         self._rows = tuple((b, Live(model_names=b.model_names)) for b in backends)
         self.providers = providers
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: dict[tuple[bool, str | None], aiohttp.ClientSession] = {}
 
     def candidates(self) -> list[Candidate]:
         """One new candidate a backend."""
@@ -79,27 +80,32 @@ class Fleet:
 
     # -- probes ----------------------------------------------------------------------------------
 
-    async def open(self) -> None:
-        """Make the session of the control plane: never used for a client's request."""
-        self._session = aiohttp.ClientSession(
-            headers={"User-Agent": f"beacon-proxy/{self._version} (check)"},
-            cookie_jar=aiohttp.DummyCookieJar(),
-            connector=aiohttp.TCPConnector(force_close=True, limit=32),
-        )
+    def _session(self, backend: Backend) -> aiohttp.ClientSession:
+        """The control plane's session, one for each way to trust; never for a client's request."""
+        trust = backend.tls_verify, backend.tls_ca_file
+        session = self._sessions.get(trust)
+        if session is None:
+            session = self._sessions[trust] = aiohttp.ClientSession(
+                headers={"User-Agent": f"beacon-proxy/{self._version} (check)"},
+                cookie_jar=aiohttp.DummyCookieJar(),
+                connector=aiohttp.TCPConnector(force_close=True, limit=32, ssl=tls_context(*trust)),
+            )
+        return session
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        """Close the sessions of the control plane."""
+        for session in self._sessions.values():
+            await session.close()
+        self._sessions.clear()
 
     async def check(self, candidate: Candidate, timeout: float) -> Check | None:
         """See `contracts.Fleet.check`."""
         backend, live = candidate.backend, candidate.live
-        assert self._session is not None
+        session = self._session(backend)
         started = self.now()
         try:
             async with asyncio.timeout(timeout):
-                check = await self.providers[backend.provider].check(backend, self._session)
+                check = await self.providers[backend.provider].check(backend, session)
         except TimeoutError:
             check = Check(Verdict.STRIKE, fault=Fault.TIMEOUT, detail=f"no answer in {timeout} s")
         except (aiohttp.ClientConnectorError, ConnectionRefusedError):

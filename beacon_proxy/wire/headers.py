@@ -104,7 +104,8 @@ def read_request_head(headers: Headers, http11: bool) -> RequestHead:
             head.lines.append((lower, name + b": " + value + b"\r\n"))
     if head.chunked and head.length is not None:
         raise BadRequest("both Content-Length and Transfer-Encoding")
-    if _BAD_VALUE.search(b"".join([line[:-2] for _, line in head.lines])):
+    values = [line[:-2] for _, line in head.lines]
+    if _BAD_VALUE.search(b"".join([*values, *head.rebuilt.values(), *head.hints.values()])):
         raise BadRequest("control character in a header value")
     _check_host(head, http11)
     if not http11:

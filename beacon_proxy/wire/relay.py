@@ -13,6 +13,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import Mapping
+from email.utils import formatdate
 from http import HTTPStatus
 from typing import Protocol
 
@@ -161,12 +162,12 @@ class ClientSink:
         self._until_close = not self._http11
         if self._until_close:
             self.keep_alive = False
-        self._head(status, _PHRASES.get(status, b""), _lines(headers) + added)
+        self._head(status, _PHRASES.get(status, b""), _lines(headers) + added + _date())
 
     def send_own(self, status: int, headers: Headers, body: bytes, added: bytes = b"") -> None:
         """An answer of the proxy's own, whole."""
         self._chunked = False
-        lines = _lines(headers) + added
+        lines = _lines(headers) + added + _date()
         if status not in _BODILESS:
             lines += b"Content-Length: %d\r\n" % len(body)
         self._head(status, _PHRASES.get(status, b""), lines)
@@ -178,6 +179,11 @@ class ClientSink:
     def _send(self, data: bytes) -> None:
         if not self._transport.is_closing():
             self._transport.write(data)
+
+
+def _date() -> bytes:
+    """RFC 9110 6.6.1: who makes an answer dates it."""
+    return b"Date: " + formatdate(usegmt=True).encode("ascii") + b"\r\n"
 
 
 def _lines(headers: Headers) -> bytes:

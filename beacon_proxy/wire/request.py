@@ -7,7 +7,7 @@ from typing import Protocol
 
 from ..contracts import Backend, Candidate, Exchange, Headers, Prompt, Provider, canonical_model
 from .dialects import INFERENCE_ROUTES, Route, Shape
-from .headers import RequestHead, forwarded_lines, request_bytes
+from .headers import RequestHead, find, forwarded_lines, request_bytes
 from .upload import Upload
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -105,6 +105,9 @@ class Translated:
             (b"X-Request-Id", exchange.id.encode("ascii")),
             (b"Via", b"1.1 beacon-proxy"),
         ]
+        given = find(exchange.headers, b"authorization")
+        if given is not None and not any(name.lower() == b"authorization" for name, _ in fields):
+            fields.append((b"Authorization", given))
         if exchange.trace_id is not None:
             fields.append((b"X-Trace-Id", exchange.trace_id.encode("latin-1", "replace")))
         lines = b"".join([name + b": " + value + b"\r\n" for name, value in fields if value])

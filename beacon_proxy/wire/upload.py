@@ -133,6 +133,11 @@ class Upload:
             self._kept = [b"".join(self._kept)]
         return self._kept[0] if self._kept else b""
 
+    def forget(self) -> None:
+        """No attempt will follow: let go of what was kept for one."""
+        self.replayable = False
+        self._kept.clear()
+
     @property
     def start(self) -> bytes:
         """The first piece of what is kept."""
