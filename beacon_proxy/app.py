@@ -23,8 +23,9 @@ from .config import Settings, resolve_backends
 from .ops.telemetry import Telemetry
 from .plugins import Plugins, build_middleware, build_provider
 from .routing.attempt import Wire
+from .routing.chain import Chain
 from .routing.fleet import Fleet
-from .routing.pipeline import Chain, Pipeline
+from .routing.pipeline import Pipeline
 from .wire.pool import Pool
 from .wire.wheel import Wheel
 

@@ -2,14 +2,14 @@
 
 An *exchange* is one client request. It makes one or more *attempts*, each at one *backend*; the
 record of an attempt is its *outcome*. A *candidate* is a backend still in the running for the next
-attempt, a *permit* a slot taken on a backend, and *commit* the moment the first content of an answer
-goes to the client: from there on nothing is retried.
+attempt, a *permit* a slot taken on a backend, and *commit* the moment the first content of an
+answer goes to the client: from there on nothing is retried.
 
 Rule 1: this module imports the standard library and multidict alone, so that a plugin outside this
 tree depends on nothing but it and `errors`.
 Rule 2: plugins decide, the core moves bytes. No phase sees a body piece of an answer.
-Rule 3: times are float seconds of the monotonic clock unless a name says `unix`; sizes are int bytes;
-money is USD.
+Rule 3: times are float seconds of the monotonic clock unless a name says `unix`; sizes are int
+bytes; money is USD.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class Live:
 
 @dataclass(slots=True)
 class Candidate:
-    """A backend in the running for one attempt. Made anew for each plan, so a select may write it."""
+    """A backend in the running for one attempt. Made anew for each plan: a select may write it."""
 
     backend: Backend
     live: Live
@@ -285,11 +285,11 @@ class Fleet(Protocol):
         """One new candidate a backend, in the order of the configuration."""
         ...
 
-    async def check(self, candidate: Candidate, timeout: float) -> Check | None:
+    async def check(self, candidate: Candidate, seconds: float) -> Check | None:
         """Ask the backend the free question of its provider and note time and models in `live`.
 
         Returns None where the provider has no question that is free of cost. Never raises but
-        `CancelledError`; `timeout` is in seconds.
+        `CancelledError`; the answer must come within `seconds`.
         """
         ...
 

@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from beacon_proxy.demo_backend import MODEL, Child, Options, Unavailable, find_model
+from beacon_proxy.demo.backend import MODEL, Child, Options, Unavailable, find_model
 
 from .kit import Proxy
 

@@ -338,3 +338,52 @@ async def test_can_15_one_client_leaves_and_the_other_streams_go_on():
             got = await stays.body(head)
         assert got.complete
         assert got.body == b"".join(chat_events("tok", 5))
+
+
+@either_way
+async def test_can_16_client_leaves_during_the_second_attempt(way):
+    """The permit of each attempt is its own, and so is its connection."""
+
+    async def fails(conn: BackendConn) -> None:
+        await conn.request()
+
+    async with RawBackend(fails) as first, RawBackend(sends_and_waits()) as second:
+        rows = {"url": first}, {"url": second, "region": "asia-pacific"}
+        async with proxy(*rows) as p, RawClient(p.port) as client:
+            await client.send(chat())
+            await eventually(lambda: second.requests)
+            getattr(client, way)()
+            await second.closed.wait(timeout=SOON)
+            (line,) = await p.exchanges(1, SOON)
+            assert line["end"] == "client_closed"
+            assert p.in_flight() == 0
+        assert (len(first.requests), len(second.requests)) == (1, 1)
+
+
+@either_way
+@pytest.mark.parametrize("stream", [False, True])
+async def test_can_17_client_leaves_the_translated_route(stream, way):
+    body = b'{"model": "m", "prompt": "hi", "stream": %b}' % (b"true" if stream else b"false")
+    async with scene(sends_and_waits()) as s, RawClient(s.proxy.port) as client:
+        await client.send(
+            request("POST", "/inference", [("Content-Type", "application/json")], body)
+        )
+        await eventually(lambda: s.backend.requests and s.backend.requests[0].complete)
+        getattr(client, way)()
+        await s.gone()
+
+
+async def test_can_18_stop_of_the_proxy_closes_what_still_streams():
+    """Drained for as long as it may, then cut: never a clean end, and no GPU left running."""
+    script = sends_and_waits(SSE_HEAD + chunk(ROLE) + chunk(TOKEN))
+    async with RawBackend(script) as backend:
+        async with proxy(backend, leaks=True) as p:
+            client = await RawClient(p.port).__aenter__()
+            await client.send(chat(stream=True))
+            head = await client.head()
+            await client.read_until(b"tok")
+        await backend.closed.wait(timeout=SOON)
+        assert p.in_flight() == 0
+        got = await client.body(head)
+        assert not got.complete
+        await client.__aexit__(None, None, None)

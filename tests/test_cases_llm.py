@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import json
+import zlib
 from collections.abc import Sequence
 
 import pytest
@@ -23,6 +26,7 @@ from .kit import (
     RawClient,
     Script,
     answer,
+    chat_events,
     chunk,
     closed_port,
     each_request,
@@ -388,6 +392,8 @@ BAD_DOCUMENTS = {
     "a captive portal": framed(b"<html>log in</html>", "text/html"),
     "cut JSON behind a right length": framed(b'{"choices": [{"mess'),
     "cut short": framed(b'{"choices": []', length=200),
+    "cut short in chunks": framed(b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    + chunk(b'{"choices": []}'),
     "error behind a 200": framed(b'{"error": {"message": "CUDA out of memory", "code": 500}}'),
     "error as text behind a 200": framed(b'{"error": "model crashed"}'),
 }
@@ -419,6 +425,11 @@ ENDS = {
         RESPONSES,
         (named({"type": "response.incomplete", "response": {"status": "incomplete"}}),),
     ),
+    "response.failed": (
+        RESPONSES,
+        (named({"type": "response.failed", "response": {"status": "failed"}}),),
+    ),
+    "no line end after the last line": (OLLAMA_CHAT, (OLLAMA_CHAT.end[0].rstrip(),)),
     "done for its length": (OLLAMA_CHAT, (line({"done": True, "done_reason": "length"}),)),
     "done with spaces": (OLLAMA_GENERATE, (b'{"response": "", "done": true}\n',)),
 }
@@ -572,3 +583,113 @@ async def test_llm_26_body_that_cannot_be_read_is_the_backends_to_judge(body):
     seen = await through(request("POST", CHAT.path, (), body), json_answer(fault, 400))
     assert (seen.answer.status, seen.answer.json) == (400, fault)
     assert seen.got.body == body
+
+
+@every_api
+async def test_llm_27_compressed_document_is_judged_by_its_framing_alone(api):
+    """Clients ask for gzip by default; bytes that are no JSON to us may be whole all the same."""
+    packed = gzip.compress(json.dumps(api.document).encode(), mtime=0)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\n"
+    raw = head + b"Content-Length: %d\r\n\r\n%b" % (len(packed), packed)
+    data = api.request(stream=False, headers=[("Accept-Encoding", "gzip, deflate")])
+    got = (await through(data, answer(raw))).answer
+    assert (got.status, got.complete, got.body) == (200, True, packed)
+    assert got.header("content-encoding") == [b"gzip"]
+    cut = raw[: -len(packed) // 2]
+    second = json_answer(api.document)
+    got, asked = await both(answer(cut, close=True), second, data)
+    if got.complete:
+        assert (got.status, got.json, asked) == (200, api.document, [1, 1])
+    else:
+        assert packed.startswith(got.body)
+
+
+@every_api
+async def test_llm_28_compressed_stream_passes_and_its_hidden_end_is_no_fault(api):
+    packer = zlib.compressobj(wbits=31)
+    parts = [packer.compress(one) + packer.flush(zlib.Z_SYNC_FLUSH) for one in api.events]
+    parts[-1] += packer.flush()
+    head = api.head.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
+    raw = head + b"".join(chunk(part) for part in parts) + LAST_CHUNK
+    seen = await through(api.request(stream=True), answer(raw))
+    assert (seen.answer.status, seen.answer.complete) == (200, True)
+    assert seen.answer.body == b"".join(parts)
+    assert [entry["end"] for entry in seen.log if entry["event"] == "exchange.done"] == ["complete"]
+
+
+@pytest.mark.parametrize("end", ["close", "clean"])
+@quiet_apis
+async def test_llm_29_only_backend_that_dies_long_before_its_first_content_is_no_clean_end(
+    api, end
+):
+    """With nobody to take over the head may go out early; that commits, and must end broken."""
+
+    async def script(conn: BackendConn) -> None:
+        await conn.request()
+        await conn.send(api.head + b"".join(chunk(one) for one in api.quiet))
+        late = asyncio.get_running_loop().time() + 0.5
+        await eventually(lambda: client.wire.received or asyncio.get_running_loop().time() > late)
+        if end == "clean":
+            await conn.send(LAST_CHUNK)
+
+    async with RawBackend(script) as backend, proxy(backend) as p, RawClient(p.port) as client:
+        got = await client.ask(api.request(stream=True))
+        (told,) = await p.exchanges(1)
+    assert told["end"] == "error"
+    if got.status == 200:
+        assert_cut_after(got, b"".join(api.quiet))
+    else:
+        assert (got.status, got.complete) == (502, True)
+
+
+@pytest.mark.parametrize("api", [OLLAMA_CHAT, OLLAMA_GENERATE], ids=lambda api: api.name)
+async def test_llm_30_ollama_streams_unless_told_not_to(api):
+    data = request("POST", api.path, (), json.dumps(api.ask).encode())
+    got = (await through(data, streams(api, api.events))).answer
+    assert (got.complete, got.body) == (True, b"".join(api.events))
+    got = (await through(data, streams(api, api.quiet + api.content))).answer
+    assert_cut_after(got, b"".join(api.quiet + api.content))
+
+
+@every_api
+async def test_llm_31_document_where_a_stream_was_asked_for_passes_whole(api):
+    """A backend that cannot stream, or an answer from its cache."""
+    raw = json_bytes(api.document)
+    got = (await through(api.request(stream=True), answer(raw))).answer
+    assert (got.status, got.complete, got.json) == (200, True, api.document)
+
+
+@every_api
+async def test_llm_32_stream_where_a_document_was_asked_for_is_the_clients_to_judge(api):
+    """Some servers always stream. Whole it may pass or be refused; cut it never looks whole."""
+    data = api.request(stream=False)
+    got = (await through(data, streams(api, api.events))).answer
+    assert got.complete
+    assert got.body == b"".join(api.events) or got.status == 502
+    got = (await through(data, streams(api, api.quiet + api.content, end="close"))).answer
+    assert not got.complete or got.status == 502
+
+
+async def test_llm_33_two_streams_at_once_are_never_mixed():
+    async def script(conn: BackendConn) -> None:
+        async for received in each_request(conn):
+            text = str(received.json["messages"][0]["content"])
+            await conn.send(CHAT.head)
+            for one in chat_events(text, 50):
+                await conn.send(chunk(one))
+            await conn.send(LAST_CHUNK)
+
+    async with RawBackend(script) as backend, proxy({"url": backend, "max_in_flight": 20}) as p:
+
+        async def one(text: str) -> None:
+            ask = {"model": "m", "stream": True, "messages": [{"role": "user", "content": text}]}
+            async with RawClient(p.port) as client:
+                for _ in range(3):
+                    got = await client.ask(request("POST", CHAT.path, (), json.dumps(ask).encode()))
+                    assert got.complete
+                    assert got.body == b"".join(chat_events(text, 50))
+
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(10):
+                tasks.create_task(one(f"text {number} "))
+        assert len(backend.requests) == 30

@@ -27,7 +27,6 @@ from .kit import (
     blackhole,
     chunk,
     closed_port,
-    eventually,
     proxy,
 )
 from .kit_faults import (
@@ -38,8 +37,8 @@ from .kit_faults import (
     QUICK,
     Ending,
     Fault,
-    asked,
     ask,
+    asked,
     good,
     judge,
     pieces,

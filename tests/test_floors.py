@@ -32,10 +32,7 @@ FLOORS: dict[str, set[str]] = {
     "ops": GROUND,
     "api": GROUND | {"wire", "plugins", "config", "routing", "ops"},
     "app": GROUND | {"wire", "plugins", "config", "routing", "ops", "api"},
-    "demo_ollama": GROUND,
-    "demo_backend": GROUND | {"demo_ollama"},
-    "demo_words": GROUND,
-    "demo": GROUND | {"plugins", "config", "app", "demo_backend", "demo_ollama", "demo_words"},
+    "demo": GROUND | {"plugins", "config", "app"},
     "cli": GROUND | {"plugins", "config", "schema", "app", "demo"},
     "__main__": {"cli"},
 }

@@ -163,7 +163,9 @@ DIALECTS = {
 }
 
 
-@pytest.mark.parametrize(("provider", "kind", "target", "document"), DIALECTS.values(), ids=DIALECTS)
+@pytest.mark.parametrize(
+    ("provider", "kind", "target", "document"), DIALECTS.values(), ids=DIALECTS
+)
 async def test_inference_is_put_and_read_in_what_the_backend_speaks(
     provider: str, kind: str, target: bytes, document: dict[str, Any]
 ) -> None:
@@ -235,9 +237,7 @@ FAILURES: dict[str, tuple[Script, str, bool, int | None]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("script", "code", "transient", "status"), FAILURES.values(), ids=FAILURES
-)
+@pytest.mark.parametrize(("script", "code", "transient", "status"), FAILURES.values(), ids=FAILURES)
 async def test_inference_when_the_backend_fails_tells_it_inside_a_200(
     script: Script, code: str, transient: bool, status: int | None
 ) -> None:
@@ -324,7 +324,14 @@ async def test_inference_when_the_first_backend_fails_the_next_answers() -> None
 
 @pytest.mark.parametrize(
     ("hint", "expected"),
-    [("US", "b0"), ("EU", "b1"), ("eu", "b1"), ("asia", "b2"), ("ap-southeast-1", "b2"), ("", "b0")],
+    [
+        ("US", "b0"),
+        ("EU", "b1"),
+        ("eu", "b1"),
+        ("asia", "b2"),
+        ("ap-southeast-1", "b2"),
+        ("", "b0"),
+    ],
 )
 async def test_inference_goes_to_the_preferred_region_under_any_of_its_names(
     hint: str, expected: str

@@ -1,8 +1,8 @@
 """`POST /inference`: the one route that is translated, for clients that know no dialect.
 
 The request runs through the same pipeline as any other; only its ends differ. Each provider makes
-up what its backend is asked, and reads the answer, or each event of it, back into text. A failure of
-the backends is told inside a 200, because that is where this route's clients look for it.
+up what its backend is asked, and reads the answer, or each event of it, back into text. A failure
+of the backends is told inside a 200, because that is where this route's clients look for it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from ..errors import Limited, ModelNotFound, NoBackend, Overloaded, ProxyError, 
 from ..ops.telemetry import cost_usd
 from ..regions import canonical_region
 from ..routing.attempt import Attempt
+from ..routing.chooser import Run
 from ..routing.fleet import Fleet
-from ..routing.pipeline import Pipeline, Run
+from ..routing.pipeline import Pipeline
 from ..wire.answer import Answer, is_event_stream
 from ..wire.headers import find
 from ..wire.relay import ClientSink
@@ -112,7 +113,8 @@ class Reader:
             self._line({"response": read.text, "done": False})
 
     def _read(self, data: bytes) -> Reading:
-        assert self.attempt is not None and self.provider is not None
+        assert self.attempt is not None
+        assert self.provider is not None
         try:
             document = orjson.loads(data)
         except orjson.JSONDecodeError:

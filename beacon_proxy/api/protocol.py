@@ -1,7 +1,7 @@
 """The client's connection: aiohttp's server protocol, with what a relay needs besides.
 
 Three things aiohttp leaves to its user: an upstream that slows down with a slow client, an upload
-whose framing breaks half-way (its reader would wait for ever), and a bound on a whole header section.
+whose framing breaks half-way (its reader would wait for ever), and bounds on what is framing alone.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from ..contracts import Clock, End, Exchange
 from ..errors import BadRequest, HeadTooLarge, MethodNotAllowed, ProxyError
 from ..ops.telemetry import Telemetry
 from ..routing.attempt import Attempt
-from ..routing.pipeline import Pipeline, Run
+from ..routing.chooser import Run
+from ..routing.pipeline import Pipeline
 from ..wire.answer import Framing
 from ..wire.dialects import dialect_of, error_body
 from ..wire.headers import RequestHead, read_request_head, request_id
@@ -175,7 +176,7 @@ class Api:
             reason = "client_closed"
             sink.keep_alive = False
         except asyncio.CancelledError:
-            reason = "client_closed"
+            reason = "client_closed" if run.end is not End.COMPLETE else None
             raise
         except (
             Exception

@@ -189,7 +189,9 @@ class Attempt:
         """The record of this attempt, once it has ended."""
         answer, now = self.answer, monotonic()
         verdict, fault, detail = judgement.verdict, judgement.fault, judgement.detail
-        if cancelled:
+        if cancelled and answer is not None and answer.said_all:
+            pass  # the client closed at the end marker, ahead of the last chunk
+        elif cancelled:
             verdict, fault = Verdict.NEUTRAL, Fault.CLIENT_CLOSED
         elif answer is not None and answer.committed and answer.fault is not None:
             late = of_fault(answer.fault, answer.detail)
@@ -221,7 +223,7 @@ class Attempt:
 
     def _repeatable(self, judgement: Judgement) -> bool:
         """Nothing sent: always. Sent: where the route has no side effect, or RFC 9110 9.2.2."""
-        if self.answer is not None and self.answer.committed or not _can_repeat(self._upload_of):
+        if (self.answer is not None and self.answer.committed) or not _can_repeat(self._upload_of):
             return False
         exchange = self._exchange
         return judgement.elsewhere and (not self.sent or exchange.inference or exchange.idempotent)

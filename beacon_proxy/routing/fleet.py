@@ -98,16 +98,16 @@ class Fleet:
             await session.close()
         self._sessions.clear()
 
-    async def check(self, candidate: Candidate, timeout: float) -> Check | None:
+    async def check(self, candidate: Candidate, seconds: float) -> Check | None:
         """See `contracts.Fleet.check`."""
         backend, live = candidate.backend, candidate.live
         session = self._session(backend)
         started = self.now()
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(seconds):
                 check = await self.providers[backend.provider].check(backend, session)
         except TimeoutError:
-            check = Check(Verdict.STRIKE, fault=Fault.TIMEOUT, detail=f"no answer in {timeout} s")
+            check = Check(Verdict.STRIKE, fault=Fault.TIMEOUT, detail=f"no answer in {seconds} s")
         except (aiohttp.ClientConnectorError, ConnectionRefusedError):
             check = Check(Verdict.STRIKE, fault=Fault.REFUSED, detail="no connection")
         except (aiohttp.ClientError, OSError, ValueError) as exc:

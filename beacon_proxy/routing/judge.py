@@ -48,7 +48,7 @@ def of_fault(fault: Fault, detail: str = "") -> Judgement:
 
 
 def judge(exchange: Exchange, backend: Backend, provider: Provider, answer: Answer) -> Judgement:
-    """Judge an answer that is held: by its fault, its provider's own words, its status, its body."""
+    """Judge a held answer: by its fault, its provider's own words, its status, its body."""
     if answer.fault is not None:
         return of_fault(answer.fault, answer.detail)
     status = answer.status or 0

@@ -297,6 +297,12 @@ class Answer:
         return self._sink is not None
 
     @property
+    def said_all(self) -> bool:
+        """Whether the client was sent the end marker, and nothing but the framing is missing."""
+        watch = self.watch
+        return self.committed and watch is not None and watch.ended and not watch.error
+
+    @property
     def readable(self) -> bool:
         """Whether the answer is of a kind that its words can be judged by."""
         return self._hold is not Hold.BYTE

@@ -199,7 +199,8 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         answer, parser = self._answer, self._parser
-        assert answer is not None and parser is not None
+        assert answer is not None
+        assert parser is not None
         status = parser.get_status_code()
         if status == 101:
             asked = answer.expect.upgrade and parser.should_upgrade()
@@ -220,8 +221,8 @@ class Connection(asyncio.Protocol):
         length = self._read_framing(status, headers, parser.get_http_version())
         answer.on_head(status, self._reason, headers, self._framing, length)
         if answer.expect.head_only:
-            # llhttp would wait for a body, and httptools has no way to tell it: leave the feed here.
-            # Whether bytes followed is not known then, so this connection is not used again.
+            # llhttp would wait for a body, and httptools has no way to tell it: leave the feed
+            # here. Whether bytes followed is not known then: this connection is not used again.
             self._done = True
             raise _Malformed("the answer to a HEAD ends with its head")
 

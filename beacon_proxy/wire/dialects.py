@@ -1,12 +1,12 @@
 """What a path speaks: its error shape, its first content, its end marker, its usage.
 
-A 200 head says little: vLLM sends it with an empty role chunk while the request still queues, and a
-cut stream looks like a short one. So a `Watch` reads an answer as it passes and tells three moments:
-the first *content*, an *error* said inside the answer, and the dialect's *end* marker. It keeps a few
-kilobytes at most, whatever the length of the stream, and never changes a byte.
+A 200 head says little: vLLM sends it with an empty role chunk while the request still queues, and
+a cut stream looks like a short one. So a `Watch` reads an answer as it passes and tells three
+moments: the first *content*, an *error* said inside the answer, and the dialect's *end* marker. It
+keeps a few kilobytes at most, whatever the length of the stream, and never changes a byte.
 
-Before the first content each event is parsed; after it only literals are searched for. They cannot be
-forged by generated text, since inside a JSON string quotes and line ends are escaped.
+Before the first content each event is parsed; after it only literals are searched for. They cannot
+be forged by generated text, since inside a JSON string quotes and line ends are escaped.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _read_messages(event: dict[str, Any]) -> Sign:
 
 
 def _read_ollama(event: dict[str, Any]) -> Sign:
-    if event.get("done") or "message" not in event and "response" not in event:
+    if event.get("done") or ("message" not in event and "response" not in event):
         return Sign.CONTENT
     filled = _filled(event.get("message")) or event.get("response") or event.get("thinking")
     return Sign.CONTENT if filled else Sign.NOTHING

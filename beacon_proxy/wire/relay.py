@@ -102,9 +102,11 @@ class ClientSink:
         if framing is Framing.TUNNEL:
             lines += b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
             self.keep_alive = False
-        elif is_event_stream(find(answer.headers, b"content-type") or b""):
-            if find(answer.headers, b"x-accel-buffering") is None:
-                lines += b"X-Accel-Buffering: no\r\n"  # else an nginx in front holds tokens back
+        elif (
+            is_event_stream(find(answer.headers, b"content-type") or b"")
+            and find(answer.headers, b"x-accel-buffering") is None
+        ):
+            lines += b"X-Accel-Buffering: no\r\n"  # else an nginx in front holds tokens back
         self._head(answer.status or 502, answer.reason, lines + added)
 
     def _head(self, status: int, reason: bytes, lines: bytes) -> None:

@@ -52,7 +52,7 @@ def added_fields(backend: Backend, provider: Provider) -> Headers:
 class Verbatim:
     """The client's own request."""
 
-    __slots__ = ("_exchange", "_forwarded", "_head", "_route", "upload", "upgrade")
+    __slots__ = ("_exchange", "_forwarded", "_head", "_route", "upgrade", "upload")
 
     def __init__(
         self, exchange: Exchange, head: RequestHead, upload: Upload, route: Route | None
@@ -87,7 +87,7 @@ class Verbatim:
 class Translated:
     """An `/inference` request in the words of each backend."""
 
-    __slots__ = ("_exchange", "upload", "upgrade")
+    __slots__ = ("_exchange", "upgrade", "upload")
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange

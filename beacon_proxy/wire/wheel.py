@@ -35,7 +35,7 @@ class Wheel:
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, thing: Timed, when: float) -> None:
-        """Ask `thing` at `when` (monotonic s, the base of the loop's own clock), or up to a grain later."""
+        """Ask `thing` at `when` (monotonic s, as the loop's own clock), or up to a grain later."""
         self.drop(thing)
         bucket = ceil(when / GRAIN)
         thing.bucket = bucket

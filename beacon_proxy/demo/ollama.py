@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from .contracts import canonical_model
+from ..contracts import canonical_model
 
 Line = dict[str, Any]
 _OPTIONS = {"num_predict": "max_tokens"} | {

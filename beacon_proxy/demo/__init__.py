@@ -21,12 +21,12 @@ from typing import Any
 
 import uvloop
 
-from .app import App
-from .config import Settings, load_settings
-from .demo_backend import MODEL, Child, Options, Unavailable, find_model
-from .demo_words import examples, missing, readable_log
-from .errors import ConfigError
-from .plugins import Plugins
+from ..app import App
+from ..config import Settings, load_settings
+from ..errors import ConfigError
+from ..plugins import Plugins
+from .backend import MODEL, Child, Options, Unavailable, find_model
+from .words import examples, missing, readable_log
 
 OLLAMA = "http://127.0.0.1:11434"
 SLOTS = 2  # requests at once that a backend of the demo has room for

@@ -3,7 +3,7 @@
 Both sides of the pipe are here. The child loads the model, then prints one line of JSON with its
 ports; it ends when its standard input closes, so it never outlives the process that started it,
 however that one dies. llama.cpp itself listens on `llama_url`; `url` is the same server with
-Ollama's routes beside (see `demo_ollama`).
+Ollama's routes beside (see `demo.ollama`).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Child:
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,  # a Ctrl-C in the terminal is the parent's to handle
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
         )
         return cls(process)
 
@@ -143,12 +143,12 @@ def load(options: Options) -> Any:
 
 async def serve(options: Options, llama_url: str) -> None:
     """Put Ollama's routes beside llama.cpp's, tell the parent, last until it lets go."""
-    from . import demo_ollama  # the parent does not need it
+    from . import ollama  # the parent does not need it
 
     loop = asyncio.get_running_loop()
     parent = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(parent), sys.stdin)
-    async with demo_ollama.listen(llama_url, ALIASES, options.port) as url:
+    async with ollama.listen(llama_url, ALIASES, options.port) as url:
         print(json.dumps({"url": url, "llama_url": llama_url}), flush=True)
         await parent.read()
 

@@ -1,0 +1,44 @@
+"""The phases of all middlewares, and who is told of what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..contracts import Backend, Candidates, Exchange, Outcome, Permit, QueueLimits
+
+SelectPhase = Callable[[Exchange, Candidates], Candidates]
+AdmitPhase = Callable[[Exchange, Backend], Permit | None]
+RetryPhase = Callable[[Exchange, Outcome], float | None]
+ObservePhase = Callable[[Exchange, Outcome], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The phases of all middlewares, sorted once into tuples of bound methods."""
+
+    selects: tuple[SelectPhase, ...]
+    admits: tuple[AdmitPhase, ...]
+    retries: tuple[RetryPhase, ...]
+    observers: tuple[ObservePhase, ...]
+    lifespans: tuple[Any, ...]
+    queue: QueueLimits
+
+    @classmethod
+    def of(cls, middlewares: Iterable[object]) -> Chain:
+        """Sort middlewares, in the order of the chain."""
+        things = tuple(middlewares)
+
+        def phase(name: str) -> tuple[Any, ...]:
+            return tuple(getattr(thing, name) for thing in things if hasattr(thing, name))
+
+        rules = phase("queue")
+        return cls(
+            phase("select"),
+            phase("admit"),
+            phase("retry"),
+            phase("observe"),
+            phase("lifespan"),
+            rules[0]() if rules else QueueLimits(0, 0.0),
+        )

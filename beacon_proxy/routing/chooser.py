@@ -1,0 +1,130 @@
+"""Plan and choose: the best candidate that lets the exchange in, now or after a bounded wait."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import monotonic
+
+from ..contracts import (
+    Candidate,
+    Candidates,
+    End,
+    Exchange,
+    Fault,
+    Permit,
+    Provider,
+    Stage,
+)
+from ..errors import Limited, NoBackend, Overloaded, UpstreamError
+from .chain import Chain
+from .fleet import Fleet
+from .queue import Place, Queue
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Who is asked next, and the slots taken for it."""
+
+    candidate: Candidate
+    provider: Provider
+    permits: tuple[Permit, ...]
+    spare: int  # other candidates that stand ready
+
+
+@dataclass(slots=True)
+class Run:
+    """What one exchange leaves behind for its log line."""
+
+    end: End = End.CLIENT_CLOSED
+    queued: float = 0.0  # s, waiting for room
+    waited: float = 0.0  # s, backing off between attempts
+
+
+class Chooser:
+    """Asks the select and admit phases, and keeps the queue."""
+
+    def __init__(self, fleet: Fleet, chain: Chain, queue: Queue) -> None:
+        self._fleet = fleet
+        self._chain = chain
+        self._queue = queue
+
+    def plan(self, exchange: Exchange, model: str | None, tried: set[str]) -> Candidates:
+        """Candidates for the next attempt, best first, over the live state of this moment.
+
+        Raises:
+            Limited: none is expected to stay within the client's own price limit.
+        """
+        candidates: Candidates = self._fleet.serving(model, tried)
+        if exchange.max_price is not None:
+            candidates = [c for c in candidates if _estimate(c) <= exchange.max_price]
+            if not candidates and not tried:
+                raise Limited("no backend is expected to answer within X-Beacon-Max-Price")
+        for select in self._chain.selects:
+            candidates = select(exchange, candidates)
+        return candidates
+
+    async def choose(
+        self, exchange: Exchange, model: str | None, tried: set[str], run: Run
+    ) -> Choice:
+        """The first candidate that every admit lets in; waits in the queue where all are full."""
+        place: Place | None = None
+        joined = now = monotonic()
+        until = joined + self._queue.limits.timeout
+        try:
+            while True:
+                if exchange.deadline is not None and now >= exchange.deadline:
+                    raise UpstreamError(Fault.DEADLINE, Stage.QUEUE, "the deadline ran out")
+                plan = self.plan(exchange, model, tried)
+                if not plan:
+                    raise self._nobody(exchange)
+                choice = self._admit(exchange, plan, place)
+                if choice is not None:
+                    return choice
+                if now >= until or (place is None and self._queue.full):
+                    raise Overloaded("every backend is full", retry_after=1.0)
+                wants = frozenset(candidate.backend.name for candidate in plan)
+                if place is None:
+                    place = self._queue.join(wants)
+                else:
+                    self._queue.want(place, wants)
+                end = until if exchange.deadline is None else min(until, exchange.deadline)
+                await self._queue.wait(place, end - now)
+                now = monotonic()
+        finally:
+            if place is not None:
+                run.queued += monotonic() - joined
+                self._queue.leave(place)
+
+    def _admit(self, exchange: Exchange, plan: Candidates, place: Place | None) -> Choice | None:
+        for candidate in plan:
+            backend = candidate.backend
+            if self._queue.wanted(backend.name, place):
+                continue  # someone came first
+            permits: list[Permit] = []
+            for admit in self._chain.admits:
+                permit = admit(exchange, backend)
+                if permit is None:
+                    break
+                permits.append(permit)
+            else:
+                spare = sum(not other.last_resort for other in plan) - (not candidate.last_resort)
+                provider = self._fleet.providers[backend.provider]
+                return Choice(candidate, provider, tuple(permits), spare)
+            for permit in permits:
+                permit.release()
+        return None
+
+    def _nobody(self, exchange: Exchange) -> NoBackend:
+        where = f" in region {exchange.region}" if exchange.region else ""
+        now = self._fleet.now()
+        waits = [
+            max(candidate.live.ejected_until, candidate.live.resting_until) - now
+            for candidate in self._fleet.candidates()
+        ]
+        wait = min((wait for wait in waits if wait > 0), default=5.0)
+        return NoBackend(f"no healthy backend{where}", retry_after=min(max(wait, 1.0), 60.0))
+
+
+def _estimate(candidate: Candidate) -> float:
+    """USD an attempt is expected to cost, by what attempts at this backend took so far."""
+    return candidate.backend.price_per_second * candidate.live.duration
