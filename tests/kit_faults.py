@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from .kit import Answer, Api, BackendConn, RawClient, Script, chunk, json_bytes
+from .kit import Answer, Api, BackendConn, RawClient, Script, chunk, eventually, json_bytes
 
 Play = Callable[[BackendConn, Api], Awaitable[None]]
 
@@ -63,13 +63,14 @@ def _tells_an_error(body: bytes) -> bool:
     return False
 
 
-async def ask(port: int, api: Api, stream: bool) -> tuple[Ending, Answer]:
+async def ask(
+    port: int, api: Api, stream: bool, patience: float = PATIENCE
+) -> tuple[Ending, Answer]:
     """Be one client, from its connection to its verdict."""
     got = Answer(0, b"", [])
     async with RawClient(port) as client:
         try:
-            async with asyncio.timeout(PATIENCE):
-                got = await client.ask(api.request(stream=stream), "POST", timeout=PATIENCE)
+            got = await client.ask(api.request(stream=stream), "POST", timeout=patience)
         except TimeoutError:
             return Ending.HUNG, got
     return judge(got, api, stream), got
@@ -169,8 +170,9 @@ async def asked(conn: BackendConn) -> bool:
 
 async def settled(conn: BackendConn) -> None:
     """Everything written has left: a reset would throw the rest away."""
-    while not conn.wire.lost and conn.wire.transport.get_write_buffer_size():
-        await asyncio.sleep(0.001)
+    await eventually(
+        lambda: conn.wire.lost or not conn.wire.transport.get_write_buffer_size(), PATIENCE
+    )
     await asyncio.sleep(0.01)  # and is read before the reset overtakes it
 
 

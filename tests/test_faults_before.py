@@ -20,6 +20,7 @@ from .kit import (
     MESSAGES,
     OLLAMA_CHAT,
     RESPONSES,
+    Answer,
     Api,
     BackendConn,
     Proxy,
@@ -39,6 +40,7 @@ from .kit_faults import (
     as_json,
     ask,
     good,
+    judge,
     makes,
     pieces,
     says,
@@ -245,6 +247,40 @@ def named(fault: Fault) -> str:
     return fault.name
 
 
+# -- the judge itself
+
+
+def seen(body: bytes, *, status: int = 200, complete: bool = True) -> Answer:
+    return Answer(status, b"OK", [], body, complete=complete)
+
+
+@pytest.mark.parametrize("api", APIS, ids=lambda api: api.name)
+def test_judge_tells_the_endings_apart(api: Api) -> None:
+    events, document = whole(api, True), whole(api, False)
+    begun = b"".join(api.quiet + api.content)
+    assert judge(seen(events), api, True) is Ending.COMPLETE
+    assert judge(seen(document), api, False) is Ending.COMPLETE
+    assert judge(seen(begun), api, True) is Ending.SHORT
+    assert judge(seen(b""), api, True) is judge(seen(b""), api, False) is Ending.SHORT
+    assert judge(seen(document[:-3]), api, False) is Ending.SHORT
+    assert judge(seen(events, complete=False), api, True) is Ending.BROKEN
+    assert judge(seen(b"", status=0, complete=False), api, True) is Ending.BROKEN
+    assert judge(seen(b"<html>", status=502), api, True) is Ending.ERROR
+    assert judge(seen(begun + api.error), api, True) is Ending.ERROR
+    assert judge(seen(begun + events), api, True) is Ending.DOUBLED
+    assert judge(seen(begun + events, complete=False), api, True) is Ending.DOUBLED
+    assert judge(seen(document * 2), api, False) is Ending.DOUBLED
+
+
+async def test_judge_calls_silence_hung() -> None:
+    async def script(conn: BackendConn) -> None:
+        await conn.wait_closed()
+
+    async with RawBackend(script) as silent:
+        ending, _ = await ask(silent.port, CHAT, True, patience=0.1)
+    assert ending is Ending.HUNG
+
+
 # -- connections that never come about
 
 
@@ -373,12 +409,12 @@ _LONE += [*FRAMING, *LENGTHS, *BEHIND_200, *QUIET_ENDS[:1], *STATUSES]
 @pytest.mark.parametrize("fault", _LONE, ids=named)
 async def test_fault_of_the_only_backend_is_told_to_the_client(fault: Fault, stream: bool) -> None:
     """Explicitly or by a visible break; never by silence, nor by what looks like an answer."""
-    async with RawBackend(fault.script(CHAT), eager=fault.eager) as faulty:
-        async with AsyncExitStack() as stack:
-            p, _ = await behind(stack, CHAT, {"url": faulty, **fault.row}, spares=0)
-            ending, got = await ask(p.port, CHAT, stream)
-            assert ending in (Ending.ERROR, Ending.BROKEN), (ending, got, p.log)
-            (told,) = await p.exchanges(1)
+    backend = RawBackend(fault.script(CHAT), eager=fault.eager)
+    async with backend as faulty, AsyncExitStack() as stack:
+        p, _ = await behind(stack, CHAT, {"url": faulty, **fault.row}, spares=0)
+        ending, got = await ask(p.port, CHAT, stream)
+        assert ending in (Ending.ERROR, Ending.BROKEN), (ending, got, p.log)
+        (told,) = await p.exchanges(1)
     assert told["end"] == "error"
     if ending is Ending.ERROR and got.status >= 500 and not got.header("x-beacon-backend"):
         assert json.loads(got.body)["error"]["message"]

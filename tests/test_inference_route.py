@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from contextlib import AsyncExitStack
 from typing import Any
@@ -209,9 +210,12 @@ async def test_inference_when_the_input_is_invalid_is_422_and_asks_nobody(
 
 
 async def test_inference_when_not_posted_is_405_with_allow() -> None:
-    async with RawBackend(json_answer(SAID)) as backend, proxy(backend) as p:
-        async with RawClient(p.port) as client:
-            got = await client.ask(request("GET", "/inference"))
+    async with (
+        RawBackend(json_answer(SAID)) as backend,
+        proxy(backend) as p,
+        RawClient(p.port) as client,
+    ):
+        got = await client.ask(request("GET", "/inference"))
     assert (got.status, got.header("allow"), backend.requests) == (405, [b"POST"], [])
 
 
@@ -426,23 +430,29 @@ async def test_inference_when_streamed_each_piece_comes_as_it_is_made() -> None:
         await conn.send(SSE_HEAD)
         for number, one in enumerate(CHAT_STREAM[:3]):
             await conn.send(chunk(one))
-            if number:
-                await eventually(lambda n=number: len(seen) >= n)
+            while len(seen) < number:
+                await read.wait()
+                read.clear()
         await conn.send(chunk(CHAT_STREAM[3]) + LAST_CHUNK)
 
     seen: list[bytes] = []
+    read = asyncio.Event()
     async with RawBackend(script) as backend, proxy(backend) as p, RawClient(p.port) as client:
         await client.send(post({**ASK, "stream": True}))
         for _ in range(2):
             seen.append(await client.read_until(b'"hel","done":false}\n'))
+            read.set()
         await client.read_until(b'"done":true}\n')
 
 
 async def test_inference_when_a_stream_fails_before_content_the_next_answers() -> None:
     first = streams(SSE_HEAD, CHAT_STREAM[0], end=b"")
-    async with RawBackend(first) as near, RawBackend(STREAMS["openai"][2]) as far:
-        async with proxy(near, {"url": far, "region": "asia-pacific"}) as p:
-            *said, last = lines(await ask(p, stream=True))
+    async with (
+        RawBackend(first) as near,
+        RawBackend(STREAMS["openai"][2]) as far,
+        proxy(near, {"url": far, "region": "asia-pacific"}) as p,
+    ):
+        *said, last = lines(await ask(p, stream=True))
     assert [each["response"] for each in said] == ["hel", "hel"]
     assert (last["success"], last["provider_used"], last["metadata"]["attempts"]) == (True, "b1", 2)
 

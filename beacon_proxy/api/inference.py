@@ -320,6 +320,6 @@ def _content(exchange: Exchange, reader: Reader, failure: dict[str, Any] | None)
         "failure": failure,
         "provider_used": backend.name if backend else None,
         "inference_time": last.duration if last is not None else 0.0,
-        "cost_estimate": sum([cost_usd(outcome) for outcome in attempts]),
+        "cost_estimate": sum([cost_usd(outcome) for outcome in attempts], 0.0),
         "metadata": metadata,
     }
