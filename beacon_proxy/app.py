@@ -38,6 +38,7 @@ class App:
     Attributes:
         port: the port it listens on, once started.
         draining: it takes no new connections and waits for open exchanges.
+        cutting: it has waited long enough and ends those that are left.
         fleet, telemetry, pipeline: its parts, once started.
     """
 
@@ -61,7 +62,7 @@ class App:
         self._wheel: Wheel | None = None
         self._pool: Pool | None = None
         self.port = 0
-        self.draining = False
+        self.draining = self.cutting = False
         self.started_unix = time.time()
         self.backends = resolve_backends(settings, plugins)
         self.telemetry = Telemetry(
@@ -143,6 +144,10 @@ class App:
     def _refused(self, status: int, reason: str) -> None:
         self.telemetry.notify("request.refused", status=status, reason=reason)
 
+    def hurry(self) -> None:
+        """Let a drain under way wait no longer."""
+        self.cutting = True
+
     async def stop(self, drain: float | None = None) -> None:
         """Stop accepting, let open exchanges finish for `drain` seconds, then cut the rest.
 
@@ -157,9 +162,10 @@ class App:
         server.close()
         deadline = time.monotonic() + seconds
         self._http.pre_shutdown()
-        while self._http.connections and time.monotonic() < deadline:
+        while self._http.connections and time.monotonic() < deadline and not self.cutting:
             await asyncio.sleep(0.02)
             self._http.pre_shutdown()
+        self.cutting = True
         await self._http.shutdown(0.05)
         await self._stack.aclose()
         if self._pool is not None and self._wheel is not None:
@@ -179,19 +185,16 @@ def run(settings: Settings, plugins: Plugins) -> int:
 
 async def _serve(app: App) -> int:
     loop = asyncio.get_running_loop()
-    first, second = asyncio.Event(), asyncio.Event()
+    told = asyncio.Event()
 
-    def told() -> None:
-        (second if first.is_set() else first).set()
+    def tell() -> None:
+        if told.is_set():
+            app.hurry()
+        told.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told)
+        loop.add_signal_handler(number, tell)
     await app.start()
-    await first.wait()
-    draining = asyncio.create_task(app.stop(), name="app.stop")
-    hurry = asyncio.create_task(second.wait(), name="app.hurry")
-    await asyncio.wait((draining, hurry), return_when=asyncio.FIRST_COMPLETED)
-    for task in (draining, hurry):
-        task.cancel()
-    await asyncio.gather(draining, hurry, return_exceptions=True)
+    await told.wait()
+    await app.stop()
     return 0

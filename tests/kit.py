@@ -5,8 +5,8 @@
             answer = await client.ask(chat(stream=True))
     assert answer.complete
 
-`kit_backend` scripts the upstream side, `kit_client` the client's, `kit_proxy` runs the proxy,
-`kit_apis` holds what the four dialects say.
+`kit_backend` and `kit_scripts` play the upstream side, `kit_client` the client's, `kit_proxy` runs
+the proxy, `kit_apis` holds what the four dialects say.
 """
 
 from __future__ import annotations
@@ -23,23 +23,7 @@ from .kit_apis import (
     line,
     named,
 )
-from .kit_backend import (
-    LAST_CHUNK,
-    SSE_HEAD,
-    BackendConn,
-    RawBackend,
-    Received,
-    Script,
-    answer,
-    chat_events,
-    chat_stream,
-    chunk,
-    each_request,
-    event,
-    json_answer,
-    json_bytes,
-    sse,
-)
+from .kit_backend import BackendConn, RawBackend, Received, Script
 from .kit_client import Answer, RawClient, chat, request
 from .kit_proxy import (
     OK,
@@ -51,6 +35,19 @@ from .kit_proxy import (
     plugins,
     proxy,
     through,
+)
+from .kit_scripts import (
+    LAST_CHUNK,
+    SSE_HEAD,
+    answer,
+    chat_events,
+    chat_stream,
+    chunk,
+    each_request,
+    event,
+    json_answer,
+    json_bytes,
+    sse,
 )
 from .kit_wire import Broken, Fields, Wire, header
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .kit_backend import SSE_HEAD, chat_events, event
 from .kit_client import Text, request
+from .kit_scripts import SSE_HEAD, chat_events, event
 
 NDJSON_HEAD = SSE_HEAD.replace(b"text/event-stream", b"application/x-ndjson")
 

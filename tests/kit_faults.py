@@ -192,7 +192,8 @@ def stops(stage: str, how: str) -> Fault:
         elif how == "reset":
             conn.reset()
 
-    logged = {"stall": ("timeout",), "close": ("closed",), "reset": ("reset", "closed")}[how]
+    # A close with bytes unread is a reset on the wire, and a reset may overtake what was said.
+    logged = ("timeout",) if how == "stall" else ("closed", "reset")
     row = {"timeouts": QUICK} if how == "stall" else {}
     eager = stage == "accept"
     return Fault(f"{how} at {stage}", play, logged, stage in LATE, eager, row)

@@ -22,8 +22,8 @@ from typing import Any
 import structlog
 
 from .kit_backend import RawBackend, Received, Script
-from .kit_backend import answer as scripted
 from .kit_client import Answer, RawClient
+from .kit_scripts import answer as scripted
 
 MIDDLEWARE = {
     "health": "Health",

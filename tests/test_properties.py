@@ -254,7 +254,7 @@ async def be_a_client(p: Proxy, data: bytes, sent: int, turns: int, leave: str) 
 def test_slots_come_back_and_one_line_is_told_whatever_ends_an_exchange() -> None:
     """Each backend has one slot: one that leaked would show in the very next example."""
     first, second = Scripted(), Scripted()
-    chain = [PATIENT_HEALTH, {"capacity": {"max_queue": 9, "queue_timeout": 2}}]
+    chain: list[Any] = [PATIENT_HEALTH, {"capacity": {"max_queue": 9, "queue_timeout": 2}}]
     chain += [{"failover": {"min_retries_per_second": 1000.0}}]
     with stage() as on:
         rows = [
@@ -301,7 +301,7 @@ def test_who_stays_gets_an_answer_that_its_line_agrees_with() -> None:
     first, second = Scripted(), Scripted()
     with stage() as on:
         rows = [on.enter(RawBackend(each.script)) for each in (first, second)]
-        chain = [PATIENT_HEALTH, {"failover": {"min_retries_per_second": 1000.0}}]
+        chain: list[Any] = [PATIENT_HEALTH, {"failover": {"min_retries_per_second": 1000.0}}]
         p = on.enter(proxy(*rows, middleware=chain, timeouts=SHORT))
 
         @few

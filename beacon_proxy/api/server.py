@@ -41,6 +41,9 @@ class State(Protocol):
     @property
     def draining(self) -> bool: ...
 
+    @property
+    def cutting(self) -> bool: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -176,7 +179,7 @@ class Api:
             reason = "client_closed"
             sink.keep_alive = False
         except asyncio.CancelledError:
-            reason = "client_closed" if run.end is not End.COMPLETE else None
+            reason = self._cut(sink, run)
             raise
         except (
             Exception
@@ -190,6 +193,17 @@ class Api:
             if sink.broken:
                 sink.close()
         return Sent(sink.keep_alive)
+
+    def _cut(self, sink: ClientSink, run: Run) -> str | None:
+        """Tell why an exchange was cancelled: its client left, or this process stops."""
+        if run.end is End.COMPLETE:
+            return None
+        if not self._state.cutting:
+            return "client_closed"
+        run.end = End.ERROR
+        if sink.status and not sink.finished:
+            sink.fail(None)
+        return "draining"
 
     def _read_head(
         self, exchange: Exchange, sink: ClientSink, request: web.BaseRequest, http11: bool

@@ -7,6 +7,7 @@ strike, and nothing at all.
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from time import time
@@ -15,7 +16,7 @@ from typing import Any
 import orjson
 
 from ..contracts import Backend, Exchange, Fault, Provider, Usage, Verdict
-from ..wire.answer import Answer, Framing
+from ..wire.answer import HOLD_CAP, Answer, Framing
 from ..wire.dialects import usage_in
 from ..wire.headers import find
 
@@ -85,7 +86,7 @@ def _judge_stream(answer: Answer) -> Judgement:
         return Judgement(
             Verdict.STRIKE, Fault.EMPTY, detail="the stream said nothing", elsewhere=True
         )
-    if answer.complete and not watch.ended:
+    if answer.complete and not watch.whole:
         return Judgement(Verdict.STRIKE, Fault.TRUNCATED, detail="no end marker", elsewhere=True)
     return Judgement(Verdict.GOOD)
 
@@ -93,7 +94,10 @@ def _judge_stream(answer: Answer) -> Judgement:
 def _judge_document(answer: Answer) -> Judgement:
     if not answer.complete:
         return Judgement(Verdict.GOOD)  # above the cap, or passed on because nobody else stands by
-    body = answer.body()
+    held = answer.body()
+    body = _decoded(held, find(answer.headers, b"content-encoding"))
+    if body is None:
+        return Judgement(Verdict.GOOD)
     if not body.strip():
         return Judgement(Verdict.STRIKE, Fault.EMPTY, detail="a 200 without a body", elsewhere=True)
     try:
@@ -103,6 +107,23 @@ def _judge_document(answer: Answer) -> Judgement:
     if isinstance(document, dict) and document.get("error"):
         return _judge_error(body)
     return Judgement(Verdict.GOOD, usage=usage_in(body[-4096:]))
+
+
+def _decoded(body: bytes, coding: bytes | None) -> bytes | None:
+    """The document inside a content coding; None where it cannot be read within bounds.
+
+    Only to judge it: what the client gets is the body as it came.
+    """
+    if coding is None or coding.lower() == b"identity":
+        return body
+    if coding.lower() not in (b"gzip", b"x-gzip", b"deflate"):
+        return None
+    inflate = zlib.decompressobj(wbits=47)  # finds out by itself which of the two
+    try:
+        document = inflate.decompress(body, HOLD_CAP)
+    except zlib.error:
+        return None
+    return document if inflate.eof else None
 
 
 def _loads(body: bytes) -> Any:

@@ -195,10 +195,10 @@ class Answer:
     def _how_to_hold(self, status: int, headers: Headers) -> Hold:
         if status >= 400:
             return Hold.WHOLE
-        if not self.expect.inference or status >= 300 or find(headers, b"content-encoding"):
+        if not self.expect.inference or status >= 300:
             return Hold.BYTE
         if is_event_stream(find(headers, b"content-type") or b""):
-            if self.expect.shape is Shape.DOCUMENT:
+            if self.expect.shape is Shape.DOCUMENT or find(headers, b"content-encoding"):
                 return Hold.BYTE
             self.watch = Watch(self.expect.shape)
             return Hold.CONTENT
@@ -236,7 +236,7 @@ class Answer:
         self.complete = True
         watch = self.watch
         if self._sink is not None:
-            if watch is not None and not watch.ended:
+            if watch is not None and not watch.whole:
                 self.fail(Fault.TRUNCATED, "the stream ended without its end marker")
                 return
             self._sink.finish(trailers)

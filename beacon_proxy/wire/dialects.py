@@ -307,6 +307,17 @@ class Watch:
             return not tail or tail.endswith(b"\n")
         return not tail or tail.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
+    @property
+    def whole(self) -> bool:
+        """Whether the stream may end here: its end marker has passed, in an event that is complete.
+
+        A reader drops an event that its blank line does not end, and with it the marker.
+        """
+        if not self.ended or self.fresh:
+            return self.ended
+        tail = self._tail.rstrip()
+        return tail.endswith(b"}" if self._shape is Shape.OLLAMA else b"[DONE]")
+
     def usage(self) -> Usage | None:
         """Tokens, once the end has passed."""
         usage = usage_in(self._tail)

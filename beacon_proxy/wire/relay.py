@@ -1,8 +1,8 @@
 """From a backend's answer into the client's transport: the head, the framing, the end.
 
-Rule 1: what the backend framed by Content-Length keeps it; every other body is chunked for an
-HTTP/1.1 client, each piece flushed as a chunk of its own, and ended by the close of the connection
-for an HTTP/1.0 client.
+Rule 1: what the backend framed by Content-Length keeps it, event streams on inference routes aside.
+Every other body is chunked for an HTTP/1.1 client, each piece flushed as a chunk of its own, and
+ended by the close of the connection for an HTTP/1.0 client.
 Rule 2: an answer that did not end well must not look complete: no last chunk, fewer bytes than
 promised, or a reset where the end of the connection is the end of the body.
 """
@@ -90,12 +90,16 @@ class ClientSink:
 
     def start(self, answer: Answer, added: bytes) -> None:
         framing = answer.framing
-        open_ended = framing in (Framing.CHUNKED, Framing.EOF)
+        # A stream whose end mark is awaited could end short and still keep its promised length.
+        watched = answer.watch is not None and framing is Framing.LENGTH
+        open_ended = watched or framing in (Framing.CHUNKED, Framing.EOF)
         self._chunked = open_ended and self._http11
         self._until_close = open_ended and not self._http11
         if open_ended and not self._http11:
             self.keep_alive = False
         headers = answer.headers
+        if watched:
+            headers = tuple(pair for pair in headers if pair[0].lower() != b"content-length")
         if self._replaced:
             headers = tuple(pair for pair in headers if pair[0].lower() not in self._replaced)
         lines = answer_lines(headers, trailers_pass=self._chunked)
