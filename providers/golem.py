@@ -1,7 +1,7 @@
 """Servers rented on the Golem Network, by the URL at which their requestor offers them.
 
 Discovery and renting happen elsewhere: a backend is the URL of a tunnel to an inference server,
-most often Ollama, and is judged and checked as such a server is (`providers.openai`).
+most often Ollama, and is judged and checked as such a server is (`providers.checking`).
 """
 
 from __future__ import annotations
@@ -16,17 +16,9 @@ from beacon_proxy.contracts import Backend, Call, Check, Dialect, Fault, Headers
 from beacon_proxy.errors import ConfigError
 from beacon_proxy.regions import canonical_region
 
-from .openai import (
-    CHAT,
-    ask_chat,
-    check_models,
-    join_target,
-    judge_server,
-    own_key,
-    read_answer,
-    setting,
-    url_problem,
-)
+from .checking import check_models, judge_server, own_key
+from .openai import CHAT, join_target, setting, url_problem
+from .reading import ask_chat, read_answer
 
 _ENDPOINTS = "GOLEM_PROVIDER_ENDPOINTS"
 

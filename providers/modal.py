@@ -16,16 +16,9 @@ from beacon_proxy.contracts import Backend, Call, Check, Fault, Headers, Prompt,
 from beacon_proxy.errors import ConfigError
 from beacon_proxy.regions import canonical_region
 
-from .openai import (
-    CHAT,
-    LOOK,
-    ask_chat,
-    join_target,
-    judge_server,
-    read_answer,
-    setting,
-    url_problem,
-)
+from .checking import LOOK, judge_server
+from .openai import CHAT, join_target, setting, url_problem
+from .reading import ask_chat, read_answer
 
 _BASE, _TOKEN = "MODAL_API_BASE", "MODAL_API_TOKEN"
 _EDGE = b"modal-http:"

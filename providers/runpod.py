@@ -20,22 +20,9 @@ from beacon_proxy.contracts import Backend, Call, Check, Fault, Headers, Prompt,
 from beacon_proxy.errors import ConfigError
 from beacon_proxy.regions import canonical_region
 
-from .openai import (
-    CHAT,
-    LOOK,
-    Answer,
-    ask_chat,
-    bounded,
-    join_target,
-    judge_server,
-    load,
-    origin,
-    plain,
-    read_answer,
-    setting,
-    tls,
-    url_problem,
-)
+from .checking import LOOK, Answer, bounded, judge_server, origin, plain
+from .openai import CHAT, join_target, setting, url_problem
+from .reading import ask_chat, load, read_answer
 
 _BASE, _KEY, _ID = "RUNPOD_API_BASE", "RUNPOD_API_KEY", "RUNPOD_ENDPOINT_ID"
 _DEFAULT_BASE = "https://api.runpod.ai/v2"
@@ -127,9 +114,7 @@ class RunPod:
         headers = plain(self.credentials(backend))
         # It borrows the session, so it is not closed.
         client = RetryClient(session, retry_options=self._retries)
-        async with client.get(
-            url, headers=headers, allow_redirects=False, ssl=tls(backend)
-        ) as response:
+        async with client.get(url, headers=headers, allow_redirects=False) as response:
             answer = await bounded(response)
         if answer.status != 200:
             return _without_counts(backend, answer)

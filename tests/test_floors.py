@@ -39,6 +39,7 @@ FLOORS: dict[str, set[str]] = {
 OUTSIDE_OF_GROUND = {"multidict"}
 TYPES_OF_GROUND = OUTSIDE_OF_GROUND | {"aiohttp"}
 OUTSIDE_OF_PROVIDERS = {"multidict", "aiohttp", "aiohttp_retry"}
+SHARED_BY_PROVIDERS = {"providers.openai", "providers.checking", "providers.reading"}
 
 
 class Import(NamedTuple):
@@ -107,7 +108,7 @@ def is_allowed(found: Import) -> bool:
     if top == "beacon_proxy":
         return part(found.target) in GROUND
     if importer == "providers":
-        return top in OUTSIDE_OF_PROVIDERS or found.target == "providers.openai"
+        return top in OUTSIDE_OF_PROVIDERS or found.target in SHARED_BY_PROVIDERS
     return False
 
 

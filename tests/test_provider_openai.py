@@ -7,11 +7,9 @@ test's id is the section of that record. It plays nothing else, and notes every 
 from __future__ import annotations
 
 import json
-import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -33,7 +31,9 @@ from beacon_proxy.contracts import (
     Usage,
     Verdict,
 )
-from providers.openai import OpenAI, join_target, origin, plain, read_answer, tls, url_problem
+from providers.checking import origin, plain
+from providers.openai import OpenAI, join_target, url_problem
+from providers.reading import read_answer
 
 PROVIDER: Provider = OpenAI()
 BACKEND = Backend(
@@ -449,36 +449,6 @@ def test_origin_when_host_is_ipv6_or_port_the_usual_one_spells_a_url() -> None:
     assert origin(replace(BACKEND, host="a", port=80)) == "http://a"
     assert origin(replace(BACKEND, scheme="https", host="a", port=443)) == "https://a"
     assert origin(replace(BACKEND, scheme="https", host="a", port=80)) == "https://a:80"
-
-
-AUTHORITY = """-----BEGIN CERTIFICATE-----
-MIIBgzCCASmgAwIBAgIUUKNQkeGjDhLqMWPm/7ibKsBPHB8wCgYIKoZIzj0EAwIw
-FjEUMBIGA1UEAwwLYmVhY29uIHRlc3QwIBcNMjYxMTIzMDYxMDUxWhgPMjEyNjEw
-MzAwNjEwNTFaMBYxFDASBgNVBAMMC2JlYWNvbiB0ZXN0MFkwEwYHKoZIzj0CAQYI
-KoZIzj0DAQcDQgAE/KCCv5zVxEf3F3lfr2c8hDsggGuV3Io6Putps7mV/OEUO7tR
-AaD/LERbwZwPi9uJhjMjii8J5mO2gtLWbVI64aNTMFEwHQYDVR0OBBYEFDgRyI4d
-QkIfQZ4J4Qk8XuZKJQ0qMB8GA1UdIwQYMBaAFDgRyI4dQkIfQZ4J4Qk8XuZKJQ0q
-MA8GA1UdEwEB/wQFMAMBAf8wCgYIKoZIzj0EAwIDSAAwRQIgTjBCtqJsld1TYXQo
-d1R99yu+Gwhtccv7BDojLhQRTogCIQD+V0UuSgGoFCs8bXiFoWao0u6p7g3Eotsc
-5GYdSwL7rw==
------END CERTIFICATE-----
-"""
-
-
-def test_tls_when_configured_trusts_the_file_or_the_system_or_anybody(tmp_path: Path) -> None:
-    path = tmp_path / "ca.pem"
-    path.write_text(AUTHORITY)
-    own = replace(BACKEND, tls_ca_file=str(path))
-    context = tls(own)
-    assert isinstance(context, ssl.SSLContext)
-    assert context.verify_mode is ssl.CERT_REQUIRED
-    assert context.check_hostname
-    assert [ca["subject"] for ca in context.get_ca_certs()] == [((("commonName", "beacon test"),),)]
-    assert tls(own) is context
-    assert tls(BACKEND) is True
-    assert tls(replace(own, tls_verify=False)) is False
-    with pytest.raises(FileNotFoundError):
-        tls(replace(own, tls_ca_file=str(tmp_path / "none.pem")))
 
 
 # What an answer says

@@ -22,7 +22,8 @@ from ..routing.attempt import Attempt
 from ..routing.chooser import Run
 from ..routing.fleet import Fleet
 from ..routing.pipeline import Pipeline
-from ..wire.answer import Answer, is_event_stream
+from ..wire.answer import Answer
+from ..wire.expect import is_event_stream
 from ..wire.headers import find
 from ..wire.relay import ClientSink
 from ..wire.request import Translated

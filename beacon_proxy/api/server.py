@@ -21,8 +21,8 @@ from ..ops.telemetry import Telemetry
 from ..routing.attempt import Attempt
 from ..routing.chooser import Run
 from ..routing.pipeline import Pipeline
-from ..wire.answer import Framing
 from ..wire.dialects import dialect_of, error_body
+from ..wire.expect import Framing
 from ..wire.headers import RequestHead, read_request_head, request_id
 from ..wire.relay import ClientSink
 from ..wire.request import Verbatim

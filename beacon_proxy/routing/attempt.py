@@ -9,8 +9,9 @@ from time import monotonic
 
 from ..contracts import Backend, Candidate, Exchange, Fault, Outcome, Provider, Stage, Verdict
 from ..errors import ProxyError, UpstreamError
-from ..wire.answer import Answer, Expectation
+from ..wire.answer import Answer
 from ..wire.connection import Connection
+from ..wire.expect import Expectation
 from ..wire.pool import Pool
 from ..wire.request import Outgoing, Source
 from ..wire.upload import ClientGone, Upload

@@ -16,8 +16,9 @@ from typing import Any
 import orjson
 
 from ..contracts import Backend, Exchange, Fault, Provider, Usage, Verdict
-from ..wire.answer import HOLD_CAP, Answer, Framing
+from ..wire.answer import Answer
 from ..wire.dialects import usage_in
+from ..wire.expect import HOLD_CAP, Framing
 from ..wire.headers import find
 
 _VERDICTS = {

@@ -12,33 +12,14 @@ Rule 4: exactly one of `on_complete` and `fail` ends it, once.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
-from enum import Enum, StrEnum
 from math import inf
 from time import monotonic
 from typing import Protocol
 
-from ..contracts import Fault, Headers, Stage, Timeouts
-from .dialects import Shape, Watch, error_event
-from .headers import find
+from ..contracts import Fault, Headers, Stage
+from .dialects import Watch, error_event
+from .expect import GRACE, HOLD_CAP, Expectation, Framing, Hold
 from .wheel import Wheel
-
-HOLD_CAP = 1 << 20  # bytes held before an answer is passed on unjudged
-GRACE = 0.2  # s after the head
-
-
-class Framing(StrEnum):
-    NONE = "none"  # HEAD, 204, 304
-    LENGTH = "length"
-    CHUNKED = "chunked"
-    EOF = "eof"
-    TUNNEL = "tunnel"  # 101
-
-
-class Hold(Enum):
-    BYTE = 1  # until the first body byte
-    CONTENT = 2  # until the dialect's first content
-    WHOLE = 3  # until the message is complete
 
 
 class Sink(Protocol):
@@ -68,25 +49,6 @@ class Flow(Protocol):
 
     @property
     def reading_paused(self) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Expectation:
-    """What the request lets one expect of its answer."""
-
-    timeouts: Timeouts
-    shape: Shape = Shape.DOCUMENT
-    inference: bool = False
-    stream: bool = False
-    head_only: bool = False  # the method was HEAD
-    upgrade: bool = False
-    deadline: float = inf  # monotonic s
-    lone: bool = False  # no other candidate stands ready
-
-
-def is_event_stream(content_type: bytes) -> bool:
-    kind = content_type.split(b";", 1)[0].strip().lower()
-    return kind in (b"text/event-stream", b"application/x-ndjson", b"application/jsonl")
 
 
 class Answer:
@@ -187,22 +149,10 @@ class Answer:
         if framing is Framing.TUNNEL:
             self._decide()
             return
-        self._hold = self._how_to_hold(status, headers)
-        if self._hold is Hold.WHOLE and length is not None and length > HOLD_CAP:
-            self._hold = Hold.BYTE
-        self._arm()
-
-    def _how_to_hold(self, status: int, headers: Headers) -> Hold:
-        if status >= 400:
-            return Hold.WHOLE
-        if not self.expect.inference or status >= 300:
-            return Hold.BYTE
-        if is_event_stream(find(headers, b"content-type") or b""):
-            if self.expect.shape is Shape.DOCUMENT or find(headers, b"content-encoding"):
-                return Hold.BYTE
+        self._hold = self.expect.hold(status, headers, length)
+        if self._hold is Hold.CONTENT:
             self.watch = Watch(self.expect.shape)
-            return Hold.CONTENT
-        return Hold.WHOLE
+        self._arm()
 
     def on_piece(self, data: bytes) -> None:
         self.size += len(data)

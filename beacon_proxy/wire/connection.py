@@ -15,7 +15,8 @@ from typing import cast
 import httptools
 
 from ..contracts import Fault, Headers
-from .answer import Answer, Framing
+from .answer import Answer
+from .expect import Framing
 from .headers import find
 
 HEAD_CAP = 128 << 10  # bytes

@@ -18,7 +18,8 @@ from http import HTTPStatus
 from typing import Protocol
 
 from ..contracts import Headers
-from .answer import Answer, Flow, Framing, is_event_stream
+from .answer import Answer, Flow
+from .expect import Framing, is_event_stream
 from .headers import answer_lines, find, trailer_lines
 
 _BODILESS = (204, 304)

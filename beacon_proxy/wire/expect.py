@@ -1,0 +1,61 @@
+"""What the request lets one expect of its answer, and how long to hold what comes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+from math import inf
+
+from ..contracts import Headers, Timeouts
+from .dialects import Shape
+from .headers import find
+
+HOLD_CAP = 1 << 20  # bytes held before an answer is passed on unjudged
+GRACE = 0.2  # s after the head
+
+
+class Framing(StrEnum):
+    NONE = "none"  # HEAD, 204, 304
+    LENGTH = "length"
+    CHUNKED = "chunked"
+    EOF = "eof"
+    TUNNEL = "tunnel"  # 101
+
+
+class Hold(Enum):
+    BYTE = 1  # until the first body byte
+    CONTENT = 2  # until the dialect's first content
+    WHOLE = 3  # until the message is complete
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What the request lets one expect of its answer."""
+
+    timeouts: Timeouts
+    shape: Shape = Shape.DOCUMENT
+    inference: bool = False
+    stream: bool = False
+    head_only: bool = False  # the method was HEAD
+    upgrade: bool = False
+    deadline: float = inf  # monotonic s
+    lone: bool = False  # no other candidate stands ready
+
+    def hold(self, status: int, headers: Headers, length: int | None) -> Hold:
+        """How long to hold the answer with this head."""
+        if length is not None and length > HOLD_CAP:
+            return Hold.BYTE
+        if status >= 400:
+            return Hold.WHOLE
+        if not self.inference or status >= 300:
+            return Hold.BYTE
+        if not is_event_stream(find(headers, b"content-type") or b""):
+            return Hold.WHOLE
+        if self.shape is Shape.DOCUMENT or find(headers, b"content-encoding"):
+            return Hold.BYTE  # events that cannot be read
+        return Hold.CONTENT
+
+
+def is_event_stream(content_type: bytes) -> bool:
+    kind = content_type.split(b";", 1)[0].strip().lower()
+    return kind in (b"text/event-stream", b"application/x-ndjson", b"application/jsonl")
