@@ -71,6 +71,7 @@ class App:
         self.fleet = Fleet(
             self.backends,
             {name: build_provider(cls) for name, cls in plugins.providers.items()},
+            notify=self.telemetry.notify,
             version=__version__,
         )
         self.pipeline: Pipeline
@@ -135,7 +136,7 @@ class App:
             self.telemetry,
             admin.routes,
             dict.fromkeys(PATHS, inference),
-            Limits(settings.server.max_body_size, settings.timeouts.idle, settings.timeouts.total),
+            Limits(settings.server.max_body_size, settings.timeouts.idle),
             Cors(settings.server.cors_origins),
             self,
             time.monotonic,
@@ -166,6 +167,8 @@ class App:
             await asyncio.sleep(0.02)
             self._http.pre_shutdown()
         self.cutting = True
+        self._http.cut()
+        await asyncio.sleep(0.01)  # for them to end as what they are
         await self._http.shutdown(0.05)
         await self._stack.aclose()
         if self._pool is not None and self._wheel is not None:

@@ -57,14 +57,40 @@ def _serve(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from .config import resolve_backends
 
+    warnings = _incomplete(args.config)
+    for warning in warnings:  # before all else: without a backend, they are why there is none
+        _say(f"warning: {warning}")
     settings, plugins = _load(args.config)
     resolve_backends(settings, plugins)
     for warning in settings.warnings:
         _say(f"warning: {warning}")
+    count = len(warnings) + len(settings.warnings)
+    warned = f", {count} warning{'s' * (count > 1)} above" if count else ""
     chain = ", ".join(entry.name for entry in settings.middleware)
     backends = ", ".join(row.name for row in settings.backends)
-    print(f"configuration is valid; backends: {backends}; middleware: {chain or 'none'}")
+    print(f"configuration is valid{warned}; backends: {backends}; middleware: {chain or 'none'}")
     return 0
+
+
+# A variable, and the one without which it does nothing.
+_PARTNERS = {"MODAL_API_TOKEN": "MODAL_API_BASE", "RUNPOD_API_KEY": "RUNPOD_ENDPOINT_ID"}
+
+
+def _incomplete(path: Path | None) -> list[str]:
+    """The variables that give no backend, where it is the environment that gives the backends."""
+    from .config import DEFAULT_FILE
+    from .config.document import read
+
+    if path is None and DEFAULT_FILE.exists():
+        path = DEFAULT_FILE
+    if path is not None and "backends" in read(path):
+        return []
+    given = {name for name, value in os.environ.items() if value.strip()}
+    return [
+        f"environment.{name}: is set, but gives no backend without {partner}"
+        for name, partner in _PARTNERS.items()
+        if name in given and partner not in given
+    ]
 
 
 def _costs(args: argparse.Namespace) -> int:

@@ -93,7 +93,6 @@ class Fault(StrEnum):
     GONE = "gone"  # the app or endpoint behind the URL does not exist (any more)
     DEADLINE = "deadline"  # the client's own deadline, or the total time, ran out
     CLIENT_CLOSED = "client_closed"
-    INTERNAL = "internal"
 
 
 class End(StrEnum):
@@ -150,9 +149,11 @@ class Live:
     ejected_until: float = 0.0  # monotonic s; 0: not ejected
     resting_until: float = 0.0  # monotonic s: it asked to be left alone (Retry-After)
     last_check: float = 0.0  # unix s; 0: never
+    check: Check | None = None  # the last one
     check_latency: float | None = None  # s
     models: frozenset[str] | None = None  # canonical names it was found to serve; None: not known
     model_names: tuple[str, ...] = ()  # the same as the backend spells them
+    lacking: dict[str, float] = field(default_factory=dict)  # model it said it lacks: until (s)
     latency: float | None = None  # s, moving average of the first-content time of good attempts
     duration: float = 0.0  # s, moving average of the whole time of good attempts
     success: float = 1.0  # 0..1, moving average over good attempts and strikes
@@ -225,7 +226,6 @@ class Exchange:
     headers: Headers
     started: float  # monotonic s
     client: str = ""  # address
-    scheme: str = "http"
     dialect: Dialect = Dialect.UNKNOWN
     inference: bool = False  # a route whose request may be repeated: no side effect but cost
     model: str | None = None  # as the client spells it
@@ -238,16 +238,24 @@ class Exchange:
     max_price: float | None = None  # USD
     trace_id: str | None = None
     prompt: Prompt | None = None  # set on the translated route alone
+    deadline_is_ours: bool = False  # set by the proxy, not by the client
     attempts: list[Outcome] = field(default_factory=list)
+    answered: Backend | None = None  # whose answer was committed
     spare: int = 0  # candidates that stand ready beside the current one
 
     @property
-    def idempotent(self) -> bool:
-        """RFC 9110 9.2.2."""
-        return self.method in _IDEMPOTENT
+    def safe(self) -> bool:
+        """Whether the method only reads (RFC 9110 9.2.1)."""
+        return self.method in _SAFE
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether a request that was sent, and got no answer, may be sent again (9.2.2)."""
+        return self.inference or self.method in _IDEMPOTENT
 
 
-_IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE", "PROPFIND"})
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PROPFIND"})
+_IDEMPOTENT = _SAFE | {"PUT", "DELETE"}
 
 
 class Permit(Protocol):
@@ -291,6 +299,12 @@ class Fleet(Protocol):
         Returns None where the provider has no question that is free of cost. Never raises but
         `CancelledError`; the answer must come within `seconds`.
         """
+        ...
+
+
+class Prepare(Protocol):
+    def prepare(self, exchange: Exchange) -> None:
+        """Fill in what the client left open. Once an exchange, before the first plan."""
         ...
 
 

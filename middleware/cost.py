@@ -48,7 +48,7 @@ _PRICE_MEMORY = 0.999  # kept of the past at each attempt: the last thousand or 
 # A backend ten times slower than the best is asked again after about 3.3 of these: often enough to
 # find out that a cold GPU is warm now, too seldom to be felt by clients.
 _HALF_LIFE = 300.0  # s
-_UNPROVEN = 120.0  # s, the latency held against who failed and never answered: the default limit
+_UNPROVEN = 120.0  # s, the latency held against who never answered well: the default limit
 _LEAST_SUCCESS = 0.01
 
 
@@ -163,21 +163,22 @@ def _by_pool(c: Candidate, first: str) -> tuple[float, ...]:
 def _by_latency(c: Candidate, now: float) -> tuple[float, ...]:
     """Score in seconds: failures raise it, time without news lowers it.
 
-    Unknown ones are tried first, but by one exchange at a time while others are known: a burst must
-    not pile up before a GPU that is only starting. The same goes for estimates that faded.
+    Untried ones come first, but by one exchange at a time while others are known: a burst must not
+    pile up before a GPU that is only starting. The same goes for estimates that faded. One that was
+    picked and never answered well is unproven, whatever it answered: a 4xx is no speed.
     """
     live = c.live
     idle = live.in_flight == 0
-    untried = live.latency is None and live.success >= 1.0
-    if untried and idle:
+    unknown = live.latency is None
+    if unknown and idle and live.picked == 0:
         score = 0.0
     else:
         latency = _UNPROVEN if live.latency is None else live.latency
         score = latency / max(live.success, _LEAST_SUCCESS)
         if idle:
             score *= 0.5 ** (max(0.0, now - live.last_used) / _HALF_LIFE)
-    # Among the untried, spreading out tells more than staying near.
-    spread = live.in_flight if untried else 0
+    # Among the unknown, spreading out tells more than staying near.
+    spread = live.in_flight if unknown else 0
     return c.priority, score, spread, c.distance, live.in_flight, live.picked
 
 

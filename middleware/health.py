@@ -7,7 +7,9 @@
       +------------- a good answer ------------------------- TRIAL -----+
 
 RESTING lies across: a backend that pushed back (busy, loading) is left alone until its time is up
-and gets no strike for it. A caller's fault and a client that left change nothing.
+and gets no strike for it. A caller's fault and a client that left change nothing. Where the client
+brought its own credential, a 429 is about that client's quota: it steers the others away for a
+moment at most.
 
 Rule 1: an attempt or probe that began before the ejection says nothing new, however it ends. So the
     twenty streams that die with a backend are one ejection, and their stragglers spoil no trial.
@@ -17,7 +19,8 @@ Rule 2: on TRIAL one exchange at a time sees the backend, in its usual place: be
 Rule 3: an ejection lasts base * n, n growing with each and falling by one for each
     `base_ejection_time` of good time since (Envoy's outlier detection does it by its interval).
 Rule 4: a probe proves only what it exercises: that the server accepts and answers. It lifts an
-    ejection, or forgives strikes, only where every strike came from probes or from the connect.
+    ejection, or forgives strikes, only where every strike came from probes or from the connect. And
+    a probe that gets no answer in time proves nothing while the backend serves clients.
 Rule 5: if nothing stands ready, all are offered as a last resort, the least bad first (resting
     before ejected, soonest back, fewest strikes): a guess beats a certain 503. A lease refuses
     nobody then.
@@ -54,6 +57,9 @@ from beacon_proxy.contracts import (
 )
 
 _REST = 1.0  # s, for a backend that pushed back without saying for how long
+_LONG = 5.0  # s of rest that an operator is told of
+_PANIC_PAUSE = 10.0  # s between two words of panic
+_CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 _AT_ONCE = 16  # probes side by side
 _ROUND_JITTER = 0.1  # of the interval either way: instances must not probe in step
 _EJECTION_JITTER = 0.1  # upwards: backends that fell together must not come back together
@@ -84,6 +90,7 @@ class Health:
     notify: Notify = field(default=tell_nobody, metadata={"injected": True}, repr=False)
     _records: dict[str, _Record] = field(default_factory=dict, init=False, repr=False)
     _panic: str | None = field(default=None, init=False, repr=False)
+    _panicked_at: float = field(default=-math.inf, init=False, repr=False)  # monotonic s
 
     def __post_init__(self) -> None:
         if not 0 <= self.probe_interval < math.inf:
@@ -114,6 +121,9 @@ class Health:
             return ready
         for candidate in candidates:
             candidate.last_resort = True
+        if candidates and now - self._panicked_at >= _PANIC_PAUSE:
+            self._panicked_at = now
+            self.notify("fleet.panicked", backends=[c.backend.name for c in candidates])
         return sorted(candidates, key=self._badness)
 
     def admit(self, exchange: Exchange, backend: Backend) -> Permit | None:
@@ -136,7 +146,7 @@ class Health:
         if record is None:
             return
         if outcome.verdict is Verdict.BUSY:
-            self._rest(record, outcome.retry_after)
+            self._push_back(record, exchange, outcome)
         elif outcome.started < record.ejected_at:
             return
         elif outcome.verdict is Verdict.GOOD:
@@ -179,6 +189,21 @@ class Health:
         if record is None or record.live is not candidate.live:
             record = self._records[name] = _Record(name, candidate.live)
         return record
+
+    def _push_back(self, record: _Record, exchange: Exchange, outcome: Outcome) -> None:
+        now, seconds = self.clock(), outcome.retry_after
+        if outcome.status == 429 and _by_own_credential(exchange, outcome.backend):
+            seconds = _REST if seconds is None else min(seconds, _REST)
+        before = record.live.resting_until - now
+        self._rest(record, seconds)
+        rest = record.live.resting_until - now
+        if before <= _LONG < rest:
+            self.notify(
+                "backend.rested",
+                backend=record.name,
+                seconds=round(rest, 3),
+                status=outcome.status,
+            )
 
     def _rest(self, record: _Record, seconds: float | None) -> None:
         until = self.clock() + min(_REST if seconds is None else seconds, self.max_ejection_time)
@@ -256,13 +281,30 @@ class Health:
         async with gate:
             record.probed_at = self.clock()
             check = await fleet.check(candidate, self.probe_timeout)
+        if check is not None:
+            self._tell(record, check)
         self._learn(record, check or _CANNOT_TELL, record.probed_at)
+
+    def _tell(self, record: _Record, check: Check) -> None:
+        """Tell the operator of a verdict that is new, and not good."""
+        before, record.verdict = record.verdict, check.verdict
+        if check.verdict in (Verdict.GOOD, before):
+            return
+        event = "backend.loading" if check.verdict is Verdict.BUSY else "probe.failed"
+        self.notify(
+            event,
+            backend=record.name,
+            verdict=check.verdict,
+            fault=check.fault,
+            detail=check.detail,
+        )
 
     def _learn(self, record: _Record, check: Check, started: float) -> None:
         live = record.live
         if started < record.ejected_at:
             return
-        if check.verdict is Verdict.STRIKE:
+        slow = check.fault is Fault.TIMEOUT and live.in_flight > 0
+        if check.verdict is Verdict.STRIKE and not slow:
             self._strike(record, started, check.fault, "probe", deep=False)
         elif check.verdict is Verdict.BUSY:
             # Until the next round has asked again, and that may be a late one.
@@ -279,6 +321,14 @@ class Health:
             self.notify("probes.stopped", error=repr(task.exception()))
 
 
+def _by_own_credential(exchange: Exchange, backend: Backend) -> bool:
+    """Whether the backend knew the client by the client's own key."""
+    configured = any(name.lower() in _CREDENTIALS for name, _ in backend.headers)
+    if backend.api_key or configured:
+        return False
+    return any(name.lower() in _CREDENTIALS for name, _ in exchange.headers)
+
+
 @dataclass(slots=True)
 class _Record:
     """What health remembers of a backend beside what `live` shows."""
@@ -293,6 +343,7 @@ class _Record:
     loading: bool = False  # the rest was asked for by a probe, so a probe may end it
     good_at: float = -math.inf  # monotonic s, last good answer to a client
     probed_at: float = -math.inf  # monotonic s
+    verdict: Verdict | None = None  # of the last probe
     lease: _Lease | None = None
 
     def leased(self, now: float) -> bool:

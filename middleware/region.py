@@ -3,8 +3,7 @@
 A client that names a region gets *priorities*: 0 for that region, then by distance, so that cost
 and load decide only among equally near backends. A client that names none gets no priorities: the
 policy of the operator (cost, blend) rules over all regions, and the distance from this instance
-breaks its ties. `require` has a meaning only where a client names a region; without one it is
-`prefer`.
+breaks its ties. `require` without a region means this instance's own.
 
 Candidates of last resort keep the order in which health offers them: where nothing is well, the
 least bad counts for more than the nearest.
@@ -37,6 +36,13 @@ class Region:
         if self.mode not in _MODES:
             raise ValueError(f"mode: must be prefer or require, got {self.mode!r}")
         self.region = canonical_region(self.region)
+
+    def prepare(self, exchange: Exchange) -> None:
+        """Settle mode and region once, so that every phase after sees the same."""
+        if exchange.region_mode is None:
+            exchange.region_mode = self.mode
+        if exchange.region is None and exchange.region_mode == "require":
+            exchange.region = self.region
 
     def select(self, exchange: Exchange, candidates: Candidates) -> Candidates:
         """Order by region; empty when the required region has no candidate."""

@@ -35,13 +35,17 @@ class Modal:
     environment: tuple[str, ...] = (_BASE, _TOKEN)
 
     def from_environment(self, env: Mapping[str, str], region: str) -> list[dict[str, Any]]:
-        """One row once the URL is set; a token alone waits for it, as secrets come in any order."""
-        url, token = setting(env, _BASE), setting(env, _TOKEN)
+        """One row once `url` or `url|region` is set; without a region it is that of this instance.
+
+        A token alone waits for the URL, as secrets come in any order.
+        """
+        token = setting(env, _TOKEN)
+        url, _, place = (part.strip() for part in setting(env, _BASE).partition("|"))
         if not url:
             return []
         if problem := url_problem(url):
             raise ConfigError(f"{_BASE}: {problem}")
-        place = canonical_region(region)
+        place = canonical_region(place or region)
         row = {"name": f"modal-{place}", "provider": self.name, "url": url, "region": place}
         return [row | ({"api_key": token} if token else {})]
 

@@ -53,19 +53,27 @@ class RunPod:
         )
 
     def from_environment(self, env: Mapping[str, str], region: str) -> list[dict[str, Any]]:
-        """One row once the endpoint is named; a key alone waits for it."""
-        endpoint, key = setting(env, _ID), setting(env, _KEY)
+        """One row once the endpoint is named; a key alone waits for it.
+
+        The endpoint or the base may say its region, as in `ENDPOINT_ID|eu-west`; without one it is
+        that of this instance.
+        """
+        key = setting(env, _KEY)
+        endpoint, _, place = (part.strip() for part in setting(env, _ID).partition("|"))
         if not endpoint:
             return []
-        base = (setting(env, _BASE) or _DEFAULT_BASE).rstrip("/")
+        base, _, base_place = (part.strip() for part in setting(env, _BASE).partition("|"))
+        base = (base or _DEFAULT_BASE).rstrip("/")
         problem = url_problem(base)
         problems = [f"{_BASE}: {problem}"] if problem else []
         if not re.fullmatch(r"[A-Za-z0-9_-]+", endpoint):
             problems.append(f"{_ID}: must be letters, digits, '_' or '-' only")
+        if place and base_place and canonical_region(place) != canonical_region(base_place):
+            problems.append(f"{_ID}: must name the same region as {_BASE}, or only one of them any")
         if problems:
             raise ConfigError(problems)
         whole = base.endswith(f"/{endpoint}") or f"//{endpoint}.{_LOAD_BALANCER}" in base
-        place = canonical_region(region)
+        place = canonical_region(place or base_place or region)
         row = {
             "name": f"runpod-{place}",
             "provider": self.name,

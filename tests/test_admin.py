@@ -22,8 +22,10 @@ from beacon_proxy.api.admin.answers import prefers_text
 from beacon_proxy.contracts import (
     Backend,
     Candidate,
+    Check,
     End,
     Exchange,
+    Fault,
     Live,
     Outcome,
     Stage,
@@ -264,6 +266,25 @@ async def test_providers_tell_state_and_quantiles() -> None:
     assert golem["ejected_until"] is None
     assert (runpod["healthy"], runpod["ejected_until"]) == (False, UNIX + 20)
     assert (modal["models"], modal["ttft_p95"]) == (None, None)
+
+
+async def test_providers_tell_what_steers_traffic_away() -> None:
+    refused = Check(Verdict.STRIKE, fault=Fault.REFUSED, detail="no connection")
+    fleet = HandFleet(
+        (backend("resting", "golem", "us-east", 0.1), live(resting_until=NOW + 8)),
+        (backend("rested", "golem", "us-east", 0.1), live(resting_until=NOW - 8)),
+        (backend("refusing", "golem", "us-east", 0.1), live(check=refused)),
+    )
+    async with site(fleet) as s:
+        resting, rested, refusing = (await s.get("/providers"))["providers"]
+    assert (resting["resting_until"], resting["last_check_result"]) == (UNIX + 8, None)
+    assert resting["healthy"] is True, "as ever: it is well, it only wants no requests"
+    assert rested["resting_until"] is None
+    assert refusing["last_check_result"] == {
+        "verdict": "strike",
+        "fault": "refused",
+        "detail": "no connection",
+    }
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -363,31 +363,20 @@ async def test_ext_09_odd_max_forwards_does_no_harm(value: str) -> None:
         assert len(backend.requests) <= 1
 
 
-class TwoAddresses:
-    """An event loop whose resolver knows a name with a dead address before the live one."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, *addresses: tuple[Any, ...]) -> None:
-        self._loop = loop
-        self._addresses = addresses
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loop, name)
-
-    async def getaddrinfo(self, *_: Any, **__: Any) -> list[tuple[Any, ...]]:
-        return [
-            (
-                socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
-                socket.SOCK_STREAM,
-                6,
-                "",
-                address,
-            )
-            for address in self._addresses
-        ]
+def resolves_to(*addresses: tuple[Any, ...]) -> Callable[..., list[tuple[Any, ...]]]:
+    """A `getaddrinfo` that knows these addresses for any name."""
+    kinds = [socket.AF_INET6 if ":" in address[0] else socket.AF_INET for address in addresses]
+    found = [
+        (kind, socket.SOCK_STREAM, 6, "", address)
+        for kind, address in zip(kinds, addresses, strict=True)
+    ]
+    return lambda *_, **__: found
 
 
 @pytest.mark.parametrize("kind", ["refuses", "never answers", "no route"])
-async def test_ext_18_second_address_of_a_name_is_tried_when_the_first_is_dead(kind: str) -> None:
+async def test_ext_18_second_address_of_a_name_is_tried_when_the_first_is_dead(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loop = asyncio.get_running_loop()
     with closed_port() as closed, unanswered_port() as full:
         dead: dict[str, tuple[Any, ...]] = {
@@ -396,10 +385,11 @@ async def test_ext_18_second_address_of_a_name_is_tried_when_the_first_is_dead(k
             "no route": ("::1", closed, 0, 0),
         }
         async with RawBackend(answer(OK)) as backend:
-            resolving: Any = TwoAddresses(loop, dead[kind], ("127.0.0.1", backend.port))
+            live = ("127.0.0.1", backend.port)
+            monkeypatch.setattr(socket, "getaddrinfo", resolves_to(dead[kind], live))
             wheel = Wheel(loop)
             row = Backend("b", "openai", "", "http", "two.test", 80, timeouts=Timeouts(connect=2))
-            connection = await Pool(resolving, wheel).connect(row)
+            connection = await Pool(loop, wheel).connect(row)
             assert connection.transport is not None
             assert connection.transport.get_extra_info("peername")[1] == backend.port
             connection.abort()

@@ -228,7 +228,7 @@ async def test_tgt_35_target_of_64_kb_gets_an_answer() -> None:
     ("base", "target", "seen"),
     [
         pytest.param("/base", b"/a%2Fb?c", b"/base/a%2Fb?c", id="TGT-51 base path"),
-        pytest.param("/base/", b"//a/../b", b"/base//a/../b", id="TGT-51 base path with a slash"),
+        pytest.param("/base/", b"//a/b", b"/base//a/b", id="TGT-51 base path with a slash"),
         pytest.param("/b%20c", b"/%41", b"/b%20c/%41", id="TGT-51 escaped base path"),
         pytest.param("/", b"/a", b"/a", id="TGT-51 a lone slash is no base path"),
     ],

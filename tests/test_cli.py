@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import configparser
+import fcntl
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -90,10 +93,53 @@ def test_check_when_a_key_has_no_effect_yet_warns_and_exits_0(
     (place / "beacon.yaml").write_text(GOOD + "budgets: [{name: b, per: day, usd: 1}]")
     assert main(["check"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("configuration is valid")
+    assert out.startswith("configuration is valid, 1 warning above; backends: here;")
     assert err == (
         "beacon-proxy: warning: budgets: accepted, but this version does not act on it yet\n"
     )
+
+
+def test_check_when_variables_lack_their_partner_warns_and_counts(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A RunPod key alone gave no backend, and nothing said why."""
+    monkeypatch.setenv("RUNPOD_API_KEY", "rpa_secret")
+    monkeypatch.setenv("MODAL_API_TOKEN", "wk-1:ws-2")
+    monkeypatch.setenv("MODAL_API_BASE", " ")
+    assert main(["check"]) == 1
+    warned = [
+        "beacon-proxy: warning: environment.MODAL_API_TOKEN: is set,"
+        " but gives no backend without MODAL_API_BASE",
+        "beacon-proxy: warning: environment.RUNPOD_API_KEY: is set,"
+        " but gives no backend without RUNPOD_ENDPOINT_ID",
+    ]
+    assert capsys.readouterr().err.splitlines()[:-1] == warned
+    monkeypatch.setenv("GOLEM_PROVIDER_ENDPOINTS", "http://127.0.0.1:9")
+    (place / "beacon.yaml").write_text("server: {port: 1}")
+    assert main(["check"]) == 0
+    out, err = capsys.readouterr()
+    assert err.splitlines() == warned
+    assert out.startswith("configuration is valid, 2 warnings above; backends: golem-1;")
+    assert main(["check", "--config", "beacon.yaml"]) == 0
+    assert capsys.readouterr().err.splitlines() == warned
+
+
+def test_check_when_the_file_gives_the_backends_is_silent_of_variables(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNPOD_API_KEY", "rpa_secret")
+    (place / "beacon.yaml").write_text(GOOD)
+    assert main(["check"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_check_when_partners_are_there_is_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNPOD_API_KEY", "rpa_secret")
+    monkeypatch.setenv("RUNPOD_ENDPOINT_ID", "ep1")
+    assert main(["check"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_check_when_much_is_wrong_prints_every_problem_with_its_path(place: Path) -> None:
@@ -207,6 +253,29 @@ def test_serve_when_told_to_stop_exits_0(place: Path, number: signal.Signals) ->
         process.send_signal(number)
         assert process.wait(timeout=10) == 0
         assert process.stderr.read() == ""
+
+
+def test_serve_when_nobody_reads_its_log_still_serves_and_stops(place: Path) -> None:
+    """One line that stdout would not take once stopped the event loop: /health and SIGTERM too."""
+    (place / "beacon.yaml").write_text(GOOD)
+    with subprocess.Popen(
+        [sys.executable, "-m", "beacon_proxy", "serve", "--host", "127.0.0.1", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        fcntl.fcntl(process.stdout.fileno(), fcntl.F_SETPIPE_SZ, 4096)
+        started = next(line for line in process.stdout if b"server.started" in line)
+        url = f"http://127.0.0.1:{json.loads(started)['port']}"
+        for _ in range(60):  # some 500 bytes of log each
+            with pytest.raises(urllib.error.HTTPError, match="50[23]"):
+                urllib.request.urlopen(f"{url}/v1/chat/completions", b"{}", timeout=5)
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            assert answer.status == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 0
+        assert process.stderr.read() == b""
 
 
 def test_costs_when_asked_says_that_there_is_no_ledger_yet(

@@ -6,7 +6,6 @@ a good one, exactly once; and where nobody stands ready, an explicit error or a 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 from contextlib import AsyncExitStack
@@ -300,15 +299,14 @@ async def test_fault_when_the_connect_is_never_answered_the_next_answers(stream:
 async def test_fault_when_the_name_does_not_resolve_the_next_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    loop = asyncio.get_running_loop()
-    known: Any = loop.getaddrinfo
+    known: Any = socket.getaddrinfo
 
-    async def getaddrinfo(host: Any, *rest: Any, **more: Any) -> Any:
+    def getaddrinfo(host: Any, *rest: Any, **more: Any) -> Any:
         if host == "gone.test":
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        return await known(host, *rest, **more)
+        return known(host, *rest, **more)
 
-    monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     await check(CHAT, True, {"url": "http://gone.test:1"}, ("dns",))
 
 

@@ -228,7 +228,6 @@ async def test_fault_when_one_address_of_two_is_dead_the_other_answers(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The backend itself answers: one dead address is no attempt lost."""
-    loop = asyncio.get_running_loop()
     async with (
         RawBackend(good(CHAT)) as near,
         RawBackend(good(CHAT)) as far,
@@ -236,18 +235,18 @@ async def test_fault_when_one_address_of_two_is_dead_the_other_answers(
     ):
         with closed_port() as closed:
             dead = closed if kind == "refuses" else silent
-            known: Any = loop.getaddrinfo
+            known: Any = socket.getaddrinfo
 
-            async def getaddrinfo(host: Any, *rest: Any, **more: Any) -> Any:
+            def getaddrinfo(host: Any, *rest: Any, **more: Any) -> Any:
                 if host != "two.test":
-                    return await known(host, *rest, **more)
+                    return known(host, *rest, **more)
                 ports = (dead, near.port)
                 return [
                     (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
                     for port in ports
                 ]
 
-            monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+            monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
             rows = {**FIRST, "url": "http://two.test:1"}, {"url": far, "price_per_second": 0.1}
             async with proxy(*rows, middleware=CHAIN) as p:
                 ending, _ = await ask(p.port, CHAT, True)

@@ -330,7 +330,7 @@ def test_latency_when_backend_fails_fast_and_never_answered_does_not_win() -> No
     scene = Scene(GOLEM, MODAL)
     slow, broken = scene.live(GOLEM), scene.live(MODAL)
     slow.latency, slow.last_used = 20.0, scene.now
-    broken.success, broken.last_used = 0.8, scene.now
+    broken.success, broken.last_used, broken.picked = 0.8, scene.now, 1
     assert scene.order(False) == ["golem", "modal"]
     broken.success = 0.0
     slow.success = 0.3
@@ -359,8 +359,37 @@ def test_latency_when_host_has_just_booted_still_tries_the_unknown_first() -> No
     scene.now = 1.0
     scene.live(GOLEM).latency, scene.live(GOLEM).last_used = 0.2, 1.0
     assert scene.order(False) == ["modal", "golem"]
-    scene.live(MODAL).success = 0.8  # it has failed since: no longer unknown
+    scene.live(MODAL).picked, scene.live(MODAL).last_used = 1, 1.0  # no longer untried
     assert scene.order(False) == ["golem", "modal"]
+
+
+def test_latency_when_backend_answers_4xx_alone_gets_next_to_no_traffic() -> None:
+    """A backend that refuses each request at once never looked slow, and won 19 of 20."""
+    scene = Scene(GOLEM, MODAL)
+    scene.live(GOLEM).latency = 0.5
+    scene.live(GOLEM).picked = 1
+    for _ in range(100):
+        begun = scene.begin(cost_priority=False)
+        refuses = begun[1] is MODAL
+        scene.end(begun, verdict=Verdict.CALLER if refuses else Verdict.GOOD)
+        scene.now += 1.0
+        scene.live(begun[1]).last_used = scene.now
+    assert scene.live(MODAL).picked == 1
+    scene.now += 3000.0
+    scene.live(GOLEM).last_used = scene.now
+    assert scene.order(False) == ["modal", "golem"], "what is old is asked again"
+
+
+def test_latency_when_all_refused_once_still_spreads_a_burst_before_staying_near() -> None:
+    near, far = Candidate(GOLEM, Live()), Candidate(MODAL, Live(), distance=1)
+    for each in (near, far):
+        each.live.picked, each.live.last_used = 1, 5000.0
+    cost, picked = Cost(clock=lambda: 5000.0), []
+    for _ in range(4):
+        best = cost.select(exchange(False), [near, far])[0]
+        best.live.in_flight += 1
+        picked.append(best.backend.name)
+    assert picked == ["golem", "modal", "golem", "modal"]
 
 
 def test_latency_when_all_are_unknown_spreads_a_burst() -> None:

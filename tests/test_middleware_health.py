@@ -6,6 +6,7 @@ import asyncio
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -271,9 +272,54 @@ def test_rest_when_backend_pushes_back_lasts_as_long_as_it_asked_and_is_no_strik
         scene.end("a", Verdict.BUSY, retry_after=7.0)
     assert scene.ready() == ["b"]
     assert scene.lives["a"].healthy
-    assert scene.events == []
+    assert scene.names("backend.ejected") == []
     scene.now += 7.0
     assert scene.ready() == ["a", "b"]
+
+
+def test_rest_when_it_is_long_is_told_once_as_it_begins() -> None:
+    scene = Scene("a", "b")
+    scene.plan()
+    scene.end("a", Verdict.BUSY, retry_after=5.0, status=429)
+    assert scene.events == []
+    scene.end("a", Verdict.BUSY, retry_after=60.0, status=429)
+    scene.now += 30.0
+    scene.end("a", Verdict.BUSY, retry_after=90.0, status=503)
+    assert scene.events == [("backend.rested", {"backend": "a", "seconds": 60.0, "status": 429})]
+    scene.now += 90.0
+    scene.end("a", Verdict.BUSY, retry_after=8.0, status=503)
+    assert scene.events[1:] == [("backend.rested", {"backend": "a", "seconds": 8.0, "status": 503})]
+
+
+OPEN, KEYED = backend("a"), replace(backend("a"), api_key="ours")
+HEADED = replace(backend("a"), headers=((b"AUTHORIZATION", b"Bearer ours"),))
+BEARER, KEY = (b"Authorization", b"Bearer mine"), (b"X-Api-Key", b"mine")
+
+
+@pytest.mark.parametrize(
+    ("row", "header", "status", "asked", "rests"),
+    [
+        (OPEN, BEARER, 429, 3600.0, 1.0),
+        (OPEN, KEY, 429, 3600.0, 1.0),
+        (OPEN, KEY, 429, None, 1.0),
+        (OPEN, KEY, 429, 0.5, 0.5),
+        (OPEN, BEARER, 503, 60.0, 60.0),
+        (OPEN, (b"Accept", b"*/*"), 429, 60.0, 60.0),
+        (KEYED, BEARER, 429, 60.0, 60.0),
+        (HEADED, BEARER, 429, 60.0, 60.0),
+    ],
+)
+def test_rest_when_the_quota_is_the_clients_own_is_short(
+    row: Backend, header: tuple[bytes, bytes], status: int, asked: float | None, rests: float
+) -> None:
+    """One client over its own quota must not take the backend from every other."""
+    scene = Scene(row, "b")
+    scene.plan()
+    outcome = Outcome(
+        row, 1, Verdict.BUSY, Stage.DONE, status=status, retry_after=asked, started=scene.now
+    )
+    scene.health.observe(replace(exchange(), headers=(header,)), outcome)
+    assert scene.lives["a"].resting_until == scene.now + rests
 
 
 @pytest.mark.parametrize(("asked", "rests"), [(None, 1.0), (0.0, 0.0), (86400.0, 300.0)])
@@ -451,6 +497,25 @@ def test_panic_when_a_region_is_required_does_not_count_the_rest_of_the_world() 
     assert scene.plan(exchange(region="mars", region_mode="require")) == []
 
 
+def test_panic_when_it_lasts_is_told_every_ten_seconds() -> None:
+    scene = Scene("a", "b")
+    scene.eject("a")
+    scene.plan()
+    assert scene.names("backend.ejected") == ["a"]
+    scene.eject("b")
+    for _ in range(21):
+        scene.panic()
+        scene.now += 0.5
+    told = [fields for event, fields in scene.events if event == "fleet.panicked"]
+    assert told == [{"backends": ["a", "b"]}] * 2
+
+
+def test_panic_when_there_is_no_backend_at_all_is_not_told() -> None:
+    scene = Scene()
+    assert scene.plan() == []
+    assert scene.events == []
+
+
 # The memory of backends
 
 
@@ -606,13 +671,15 @@ async def test_probe_when_it_began_before_the_ejection_says_nothing() -> None:
 
 async def test_probe_when_backend_loads_lets_it_rest_without_a_strike() -> None:
     scene = Scene("a", "b")
+    loading = Check(Verdict.BUSY, fault=Fault.LOADING, detail="says 503")
     for _ in range(5):
-        await scene.probe(a=BUSY)
+        await scene.probe(a=loading)
         assert scene.ready() == ["b"]
         assert not scene.lives["a"].healthy
         scene.now += 30.0 * 1.1
         assert scene.ready() == ["b"], "until the next round has asked"
-    assert scene.events == []
+    told = {"verdict": Verdict.BUSY, "fault": Fault.LOADING, "detail": "says 503"}
+    assert scene.events == [("backend.loading", {"backend": "a", **told})]
     await scene.probe(a=Check(Verdict.NEUTRAL))
     assert not scene.lives["a"].healthy
     await scene.probe(a=GOOD)
@@ -675,7 +742,45 @@ async def test_probe_when_health_flaps_loses_no_backend() -> None:
         await scene.probe(a=GOOD if second % 2 else STRIKE, b=GOOD)
         assert scene.ready() == ["a", "b"]
         scene.now += 1.0
-    assert scene.events == []
+    assert set(scene.names("probe.failed")) == {"a"}
+    assert scene.names("backend.ejected") == []
+
+
+async def test_probe_when_its_verdict_changes_to_a_bad_one_tells_so_once() -> None:
+    """A refused key or a dead name is seen when the process starts, not when clients complain."""
+    scene = Scene("a", "b", consecutive_failures=99)
+    refused = Check(Verdict.STRIKE, fault=Fault.REFUSED, detail="no connection")
+    key = Check(Verdict.NEUTRAL, fault=Fault.UNAUTHORIZED, detail="refuses the api_key")
+    for answer in (None, refused, refused, None, key, key, GOOD, refused):
+        await scene.probe(a=answer, b=GOOD)
+    told = [(event, fields["fault"], fields["detail"]) for event, fields in scene.events]
+    assert told == [
+        ("probe.failed", Fault.REFUSED, "no connection"),
+        ("probe.failed", Fault.UNAUTHORIZED, "refuses the api_key"),
+        ("probe.failed", Fault.REFUSED, "no connection"),
+    ]
+
+
+async def test_probe_when_slow_while_clients_are_served_is_no_strike() -> None:
+    """A GPU that streams to eight clients may take its time over a list of models."""
+    scene = Scene("a", "b")
+    slow = Check(Verdict.STRIKE, fault=Fault.TIMEOUT, detail="no answer in 5.0 s")
+    scene.lives["a"].in_flight = 1
+    for _ in range(5):
+        await scene.probe(a=slow, b=GOOD)
+    assert scene.ready() == ["a", "b"]
+    assert scene.lives["a"].healthy
+    assert scene.names("probe.failed") == ["a"], "it is told all the same"
+    for _ in range(2):
+        await scene.probe(a=Check(Verdict.STRIKE, fault=Fault.REFUSED), b=GOOD)
+    assert scene.ready() == ["b"], "a refused connection is news, whoever is served"
+
+
+async def test_probe_when_slow_and_nobody_is_served_is_a_strike() -> None:
+    scene = Scene("a", "b")
+    for _ in range(2):
+        await scene.probe(a=Check(Verdict.STRIKE, fault=Fault.TIMEOUT), b=GOOD)
+    assert scene.ready() == ["b"]
 
 
 async def test_probe_when_rounds_follow_each_other_is_jittered(

@@ -65,7 +65,22 @@ def test_environment_when_only_base_is_set_makes_a_row_without_key() -> None:
     assert "api_key" not in row
 
 
-@pytest.mark.parametrize("base", ["", "  "])
+@pytest.mark.parametrize(
+    ("base", "place"),
+    [
+        ("https://a.modal.run|EU", "eu-west"),
+        (" https://a.modal.run | mars_2\n", "mars-2"),
+        ("https://a.modal.run|", "us-east"),
+    ],
+)
+def test_environment_when_base_says_its_region_believes_it(base: str, place: str) -> None:
+    """A router in three regions before one app: each called it near, and named it differently."""
+    (row,) = PROVIDER.from_environment({"MODAL_API_BASE": base}, "us-east")
+    assert (row["name"], row["region"]) == (f"modal-{place}", place)
+    assert row["url"] == "https://a.modal.run"
+
+
+@pytest.mark.parametrize("base", ["", "  ", "|eu"])
 def test_environment_when_base_is_not_set_waits_for_it(base: str) -> None:
     """Secrets arrive one by one: a token alone must not stop the start."""
     assert PROVIDER.from_environment({"MODAL_API_BASE": base, "MODAL_API_TOKEN": "k"}, "") == []

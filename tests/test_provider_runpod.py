@@ -93,6 +93,34 @@ def test_environment_when_endpoint_is_not_named_waits_for_it() -> None:
     assert PROVIDER.from_environment(env, "us-east") == []
 
 
+@pytest.mark.parametrize(
+    ("base", "endpoint", "place"),
+    [
+        ("", "ep1|EU", "eu-west"),
+        ("https://api.runpod.ai/v2 | EU", "ep1", "eu-west"),
+        ("https://api.runpod.ai/v2/|europe", " ep1 | eu ", "eu-west"),
+        ("|EU", "ep1", "eu-west"),
+        ("|", "ep1|", "us-east"),
+    ],
+)
+def test_environment_when_a_region_is_said_believes_it(
+    base: str, endpoint: str, place: str
+) -> None:
+    env = {"RUNPOD_API_BASE": base, "RUNPOD_ENDPOINT_ID": endpoint}
+    (row,) = PROVIDER.from_environment(env, "us-east")
+    assert (row["name"], row["region"]) == (f"runpod-{place}", place)
+    assert row["url"] == "https://api.runpod.ai/v2/ep1"
+
+
+def test_environment_when_two_regions_are_said_refuses_to_choose() -> None:
+    env = {
+        "RUNPOD_API_BASE": "https://api.runpod.ai/v2|us",
+        "RUNPOD_ENDPOINT_ID": "ep1|eu",
+    }
+    with pytest.raises(ConfigError, match=r"^RUNPOD_ENDPOINT_ID: must name the same region"):
+        PROVIDER.from_environment(env, "us-east")
+
+
 def test_environment_when_values_are_bad_names_each_variable() -> None:
     env = {"RUNPOD_API_BASE": "api.runpod.ai", "RUNPOD_ENDPOINT_ID": "ep1/run"}
     with pytest.raises(ConfigError) as caught:

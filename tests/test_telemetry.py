@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import sys
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
@@ -119,6 +118,8 @@ REFUSED = {
     "detail": "connect to backend.internal failed",
 }
 
+BUSY = {"verdict": Verdict.BUSY, "stage": Stage.DONE, "fault": Fault.BUSY, "status": 503}
+
 
 class Teller:
     """A telemetry with its log at hand and a clock that stands."""
@@ -222,6 +223,17 @@ def test_exchange_when_it_failed_over_shows_each_attempt_and_names_the_last() ->
     assert line["cost_usd"] == 0.0006  # the refused one was never sent, so it costs nothing
 
 
+def test_exchange_when_an_earlier_attempt_gave_the_answer_names_its_backend() -> None:
+    """A 503 that was kept is passed on when the last backend could not even be reached."""
+    teller = Teller()
+    first = outcome(backend("modal-1", "modal"), **BUSY)
+    one = exchange(answered=first.backend)
+    teller.end(one, first, outcome(**{**REFUSED, "number": 2}), end=End.ERROR, status=503)
+    (line,) = teller.events
+    assert [tried["backend"] for tried in line["attempts"]] == ["modal-1", "golem-1"]
+    assert (line["backend"], line["provider"]) == ("modal-1", "modal")
+
+
 def test_exchange_when_two_attempts_were_sent_costs_both() -> None:
     """Failed tries that reached a GPU are paid for, too."""
     teller = Teller()
@@ -255,7 +267,7 @@ def test_exchange_when_access_log_is_off_writes_no_line_but_counts_and_notifies(
     teller.end(exchange(), outcome())
     teller.telemetry.notify("backend.ejected", backend="golem-1", seconds=30.0)
     assert [event["event"] for event in teller.events] == ["backend.ejected"]
-    assert teller.samples()["beacon_exchanges_total", ("complete", "2xx")] == 1
+    assert teller.samples()["beacon_exchanges_total", ("complete", "", "2xx")] == 1
 
 
 def test_exchange_when_texts_are_huge_cuts_them() -> None:
@@ -341,7 +353,7 @@ def test_telemetry_without_a_log_writes_lines_to_stdout(
 ) -> None:
     telemetry = Telemetry(region="us-east", access_log=True)
     telemetry.notify("server.started", port=8080)
-    sys.stdout.flush()
+    telemetry.close()
     line = json.loads(capfdbinary.readouterr().out)
     assert (line["event"], line["port"], line["level"]) == ("server.started", 8080, "info")
 
@@ -410,6 +422,10 @@ def test_telling_when_the_disk_is_full_counts_lost_lines_and_harms_nobody() -> N
     [
         ("backend.ejected", "warning"),
         ("backend.restored", "info"),
+        ("backend.rested", "info"),
+        ("backend.loading", "info"),
+        ("fleet.panicked", "warning"),
+        ("probe.failed", "warning"),
         ("observe.failed", "error"),
         ("something.new", "info"),
     ],
@@ -499,9 +515,9 @@ def test_metrics_count_exchanges_and_attempts() -> None:
     teller.telemetry.queue_depth(7)
     teller.telemetry.notify("backend.ejected", backend="golem-1", seconds=30.0)
     samples = teller.samples()
-    assert samples["beacon_exchanges_total", ("complete", "2xx")] == 1
-    assert samples["beacon_exchanges_total", ("error", "5xx")] == 1
-    assert samples["beacon_exchanges_total", ("client_closed", "4xx")] == 1
+    assert samples["beacon_exchanges_total", ("complete", "", "2xx")] == 1
+    assert samples["beacon_exchanges_total", ("error", "overloaded", "5xx")] == 1
+    assert samples["beacon_exchanges_total", ("client_closed", "", "4xx")] == 1
     # label values in the order of their names: backend, fault, stage
     assert samples["beacon_attempts_total", ("golem-1", "refused", "connect")] == 1
     assert samples["beacon_attempts_total", ("golem-1", "none", "done")] == 1
@@ -514,6 +530,24 @@ def test_metrics_count_exchanges_and_attempts() -> None:
     assert samples["beacon_queue_wait_seconds_count", ()] == 1
     assert samples["beacon_queue_wait_seconds_sum", ()] == 10
     assert samples["beacon_exchange_duration_seconds_count", ()] == 3
+
+
+@pytest.mark.parametrize(
+    ("reason", "label"),
+    [
+        (None, ""),
+        ("no_backend", "no_backend"),
+        ("upstream_timeout", "upstream_timeout"),
+        ("draining", "draining"),
+        (Fault.TRUNCATED, "truncated"),
+        ("made up by a plugin", "other"),
+    ],
+)
+def test_metrics_tell_why_exchanges_ended_in_bounded_words(reason: str | None, label: str) -> None:
+    teller = Teller()
+    for _ in range(2):
+        teller.end(exchange(), end=End.ERROR, status=503, reason=reason)
+    assert teller.samples()["beacon_exchanges_total", ("error", label, "5xx")] == 2
 
 
 def test_metrics_histogram_is_cumulative_and_counts_a_bound_as_below() -> None:
@@ -533,7 +567,11 @@ def test_metrics_read_the_fleet_at_scrape() -> None:
     teller = Teller()
     well = Candidate(backend("well"), Live(in_flight=3))
     set_aside = Candidate(backend("aside"), Live(ejected_until=1030.0))
-    samples = teller.samples(well, set_aside)
+    resting = Candidate(backend("resting"), Live(resting_until=1007.0))
+    rested = Candidate(backend("rested"), Live(resting_until=1000.0))
+    samples = teller.samples(well, set_aside, resting, rested)
+    for name, value in (("well", 0), ("aside", 0), ("resting", 1), ("rested", 0)):
+        assert samples["beacon_backend_resting", (name,)] == value
     assert samples["beacon_in_flight", ("well",)] == 3
     assert samples["beacon_backend_healthy", ("well",)] == 1
     assert samples["beacon_backend_healthy", ("aside",)] == 0
@@ -569,8 +607,8 @@ def test_metrics_labels_hold_nothing_that_a_client_makes_up() -> None:
 def test_metrics_of_two_telemetries_are_apart() -> None:
     one, other = Teller(), Teller()
     one.end(exchange(), outcome())
-    assert ("beacon_exchanges_total", ("complete", "2xx")) in one.samples()
-    assert ("beacon_exchanges_total", ("complete", "2xx")) not in other.samples()
+    assert ("beacon_exchanges_total", ("complete", "", "2xx")) in one.samples()
+    assert ("beacon_exchanges_total", ("complete", "", "2xx")) not in other.samples()
 
 
 def test_render_speaks_the_format_that_is_asked_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from urllib.parse import urlsplit
 
 _EXPOSED = (
     "X-Beacon-Backend, X-Beacon-Provider, X-Beacon-Region, X-Beacon-Attempts, X-Request-Id,"
@@ -21,6 +22,10 @@ class Cors:
 
     def allows(self, origin: str | None) -> bool:
         return origin is not None and (origin in self._origins or "*" in self._origins)
+
+    def may_listen(self, origin: str | None, host: str) -> bool:
+        """Whether a page of `origin` may open a WebSocket: browsers ask no one before they do."""
+        return origin is None or self.allows(origin) or urlsplit(origin).netloc == host
 
     def preflight(self, method: str, headers: Mapping[str, str]) -> bool:
         """Whether this is a preflight that the proxy answers: one of a configured origin."""

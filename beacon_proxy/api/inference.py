@@ -7,12 +7,14 @@ of the backends is told inside a 200, because that is where this route's clients
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from time import time
 from typing import Any
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..contracts import Backend, Dialect, End, Exchange, Fault, Headers, Prompt, Provider, Reading
 from ..errors import Limited, ModelNotFound, NoBackend, Overloaded, ProxyError, UpstreamError
@@ -32,6 +34,8 @@ from .naming import answered_by
 PATHS = ("/inference", "/v1/inference", "/api/inference", "/api/v1/inference")
 ANSWER_WITHIN = 290.0  # s; the oldest clients give up at 300 and post again
 ANSWER_CAP = 16 << 20  # bytes of a backend's answer, and of one event
+TRACE_ID = r"^[!-~]{1,128}$"  # it becomes a header field
+_OPTIONAL_TEXTS = ("region_preference", "trace_id")
 _JSON = (b"Content-Type", b"application/json")
 _NDJSON = (b"Content-Type", b"application/x-ndjson")
 
@@ -39,21 +43,28 @@ _NDJSON = (b"Content-Type", b"application/x-ndjson")
 class Request(BaseModel):
     """What a client sends; unknown fields are ignored."""
 
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(extra="ignore", protected_namespaces=(), allow_inf_nan=False)
 
     model: str = Field(min_length=1)
     prompt: str
-    temperature: float = Field(default=0.1, ge=0)
-    max_tokens: int = Field(default=512, ge=1)
+    temperature: float = Field(default=0.1, ge=0, le=100)
+    max_tokens: int = Field(default=512, ge=1, le=10_000_000)
     region_preference: str | None = None
     cost_priority: bool | None = None
     stream: bool = False
-    trace_id: str | None = None
+    trace_id: str | None = Field(default=None, pattern=TRACE_ID)
 
-    @field_validator("region_preference", "trace_id")
+    @model_validator(mode="before")
     @classmethod
-    def _blank_is_none(cls, value: str | None) -> str | None:
-        return (value.strip() or None) if value is not None else None
+    def _nothing_said(cls, content: Any) -> Any:
+        """null, and a blank text where a text is optional, are as good as left out."""
+        if not isinstance(content, dict):
+            return content
+        return {
+            key: value
+            for key, value in content.items()
+            if value is not None and not (key in _OPTIONAL_TEXTS and str(value).strip() == "")
+        }
 
 
 class Reader:
@@ -61,7 +72,6 @@ class Reader:
 
     Attributes:
         reading: the last thing read: of a document all of it.
-        text: the whole text of a document; of a stream only whether there was some is kept.
         problem: why the answer is no good, where it is not.
     """
 
@@ -71,6 +81,8 @@ class Reader:
         self._events = False
         self._rest = b""
         self._added = b""
+        self._texts: list[str] = []
+        self._size = 0
         self.attempt: Attempt | None = None
         self.provider: Provider | None = None
         self.answer: Answer | None = None
@@ -84,14 +96,18 @@ class Reader:
         self.answer = answer
         self._added = added
         self._rest, self.problem, self.reading = b"", None, Reading()
+        self._texts, self._size = [], 0
         good = (answer.status or 0) < 300
         self._events = good and is_event_stream(find(answer.headers, b"content-type") or b"")
 
     def write(self, data: bytes) -> None:
-        self._rest += data
-        if len(self._rest) > ANSWER_CAP:
+        self._size += len(data)
+        held = self._size if not self._stream else len(self._rest)
+        if held > ANSWER_CAP and self.attempt is not None and self.attempt.answer is not None:
             self.problem = "the answer is too large"
-            self._rest = b""
+            self.attempt.answer.cut(Fault.MALFORMED, self.problem)
+            return
+        self._rest += data
         if self._events:
             *lines, self._rest = self._rest.split(b"\n")
             for line in lines:
@@ -106,8 +122,9 @@ class Reader:
             return
         read = self._read(line)
         usage = read.usage or self.reading.usage
-        text = read.text if self._stream else self.reading.text + read.text
-        self.reading = Reading(text, read.done, usage, read.error, read.extra or self.reading.extra)
+        if not self._stream:
+            self._texts.append(read.text)
+        self.reading = Reading("", read.done, usage, read.error, read.extra or self.reading.extra)
         if read.error is not None:
             self.problem = read.error
         if self._stream and read.text:
@@ -125,7 +142,9 @@ class Reader:
         return self.provider.read(self.attempt.backend, document)
 
     def finish(self, trailers: Headers) -> None:
-        if not self._events and self.problem is None:
+        if self._events:
+            self.reading = replace(self.reading, text="".join(self._texts))
+        elif self.problem is None:
             self.reading = self._read(self._rest)
             self.problem = self.reading.error
         self._rest = b""
@@ -156,17 +175,19 @@ class Reader:
 class _Client:
     """`pipeline.Client` of a translated exchange."""
 
-    def __init__(self, fleet: Fleet, sink: ClientSink, reader: Reader, stream: bool) -> None:
-        self._fleet, self._sink, self._reader, self._stream = fleet, sink, reader, stream
+    def __init__(self, exchange: Exchange, fleet: Fleet, sink: ClientSink, reader: Reader) -> None:
+        self._exchange, self._fleet, self._sink, self._reader = exchange, fleet, sink, reader
+        self._stream = exchange.stream
 
     def commit(self, attempt: Attempt, attempts: int) -> None:
         backend = attempt.backend
         answer = attempt.answer
         assert answer is not None
         self._reader.join(attempt, self._fleet.providers[backend.provider])
+        self._exchange.answered = backend
+        answer.commit(self._reader, answered_by(backend, attempts))
         if self._stream and not answer.ended:
             self._sink.flow_from(attempt.flow)
-        answer.commit(self._reader, answered_by(backend, attempts))
 
 
 class Inference:
@@ -183,18 +204,20 @@ class Inference:
         try:
             request = Request.model_validate_json(body)
         except ValidationError as exc:
+            run.end, run.reason = End.ERROR, "invalid_request"
             sink.send_own(422, (_JSON,), _invalid(exc))
             return
         self._fill(exchange, request)
         reader = Reader(sink, request.stream)
-        client = _Client(self._fleet, sink, reader, request.stream)
+        client = _Client(exchange, self._fleet, sink, reader)
         error: ProxyError | None = None
         try:
             await self._pipeline.run(exchange, Translated(exchange), client, run)
         except ProxyError as exc:
             error = exc
         failure = _failure(exchange, reader, error)
-        run.end = End.COMPLETE if failure is None else End.ERROR
+        if run.end is not End.CLIENT_CLOSED:
+            run.end = End.COMPLETE if failure is None else End.ERROR
         begun = bool(sink.status)
         reader.send(_content(exchange, reader, failure), broken=failure is not None and begun)
 
@@ -207,10 +230,11 @@ class Inference:
             exchange.region = canonical_region(request.region_preference)
         if request.cost_priority is not None:
             exchange.cost_priority = request.cost_priority
-        given = find(exchange.headers, b"x-trace-id")
-        exchange.trace_id = request.trace_id or (given.decode("latin-1") if given else None)
+        given = (find(exchange.headers, b"x-trace-id") or b"").decode("latin-1")
+        exchange.trace_id = request.trace_id or (given if re.match(TRACE_ID, given) else None)
         if exchange.deadline is None:
             exchange.deadline = exchange.started + ANSWER_WITHIN
+            exchange.deadline_is_ours = True
 
 
 def _invalid(exc: ValidationError) -> bytes:

@@ -15,6 +15,8 @@ from ..wire.headers import RequestHead
 
 LOOK_CAP = 256 << 10  # bytes; a larger body is searched at its beginning, not parsed
 
+LONGEST = 86_400.0  # s; a longer deadline is none
+
 _BAD_TARGET = re.compile(rb"[\x00-\x20\x7f#]")
 _ABSOLUTE = re.compile(rb"https?://(?:[^/?#@]*@)?([^/?#]*)", re.IGNORECASE)
 _MODEL = re.compile(rb'"model"\s*:\s*"((?:[^"\\]|\\.){1,256})"')
@@ -46,6 +48,15 @@ def read_target(method: str, raw: str, head: RequestHead) -> bytes:
     return target
 
 
+def path_of(raw: str) -> str:
+    """The path of a request-target, in whichever form it came."""
+    if not raw.startswith("/"):
+        absolute = _ABSOLUTE.match(raw.encode("utf-8", "surrogateescape"))
+        if absolute is not None:
+            raw = raw[len(absolute[0].decode("utf-8", "surrogateescape")) :] or "/"
+    return raw.partition("?")[0]
+
+
 def route_of(method: str, path: str) -> Route | None:
     """The inference route that this request is for, if any."""
     return INFERENCE_ROUTES.get(path) if method == "POST" else None
@@ -69,7 +80,8 @@ def read_hints(exchange: Exchange, head: RequestHead) -> None:
         if exchange.cost_priority is None:
             raise BadRequest("X-Beacon-Cost-Priority must be true or false")
     if (timeout := hints.get(b"timeout")) is not None:
-        exchange.deadline = exchange.started + _number(timeout, "X-Beacon-Timeout")
+        seconds = min(_number(timeout, "X-Beacon-Timeout"), LONGEST)
+        exchange.deadline = exchange.started + seconds
     if (price := hints.get(b"max-price")) is not None:
         exchange.max_price = _number(price, "X-Beacon-Max-Price")
 

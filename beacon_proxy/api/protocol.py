@@ -24,6 +24,7 @@ FIELDS_CAP = 256
 LINE_CAP = 32 << 10  # bytes of the request line, and of one field
 FRAMING_FACTOR = 16  # bytes on the wire for each byte of a body: chunks of one byte take six
 FRAMING_SPARE = 64 << 10  # bytes beside that
+FLUSH_LIMIT = 30.0  # s for the rest of an answer to leave a connection that is closing
 HEAD_TIMEOUT = 75.0  # s to the end of a head, from the connect or from the last answer
 
 Refused = Callable[[int, str], None]  # status and reason of a request that never became one
@@ -74,6 +75,12 @@ class ClientProtocol(RequestHandler):
         super().close()
         if idle and self.transport is not None:
             self.transport.close()
+
+    def force_close(self) -> None:
+        transport = self.transport
+        super().force_close()
+        if transport is not None and transport.get_write_buffer_size():
+            self._loop.call_later(FLUSH_LIMIT, transport.abort)  # a client that takes nothing
 
     @property
     def idle(self) -> bool:
@@ -136,6 +143,13 @@ class BeaconServer(web.Server):
         super().__init__(handler, handler_cancellation=True)
         self._refused = refused
         self._head_timeout = head_timeout
+
+    def cut(self) -> None:
+        """Cancel every exchange. Ahead of `shutdown`, which closes the transports under them."""
+        for connection in self.connections:
+            task = connection._task_handler
+            if task is not None:
+                task.cancel()
 
     def pre_shutdown(self) -> None:
         """Close idle connections. Not the others: aiohttp would drop what they still receive."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 from aiohttp import web
 from multidict import CIMultiDict
 
-from ..contracts import Clock, End, Exchange
+from ..contracts import Clock, Dialect, End, Exchange
 from ..errors import BadRequest, HeadTooLarge, MethodNotAllowed, ProxyError
 from ..ops.telemetry import Telemetry
 from ..routing.attempt import Attempt
@@ -28,7 +28,7 @@ from ..wire.relay import ClientSink
 from ..wire.request import Verbatim
 from ..wire.upload import ClientGone, Upload
 from .cors import Cors
-from .intake import is_json, look, read_hints, read_target, route_of
+from .intake import is_json, look, path_of, read_hints, read_target, route_of
 from .naming import answered_by
 from .protocol import FIELDS_CAP, HEAD_CAP, ClientProtocol, Sent, Tunnel, peer_of
 
@@ -49,7 +49,6 @@ class State(Protocol):
 class Limits:
     max_body_size: int  # bytes
     idle: float  # s a client may stay silent inside its body
-    total: float  # s an exchange may take; 0: as long as it likes
 
 
 class Translator(Protocol):
@@ -85,9 +84,10 @@ class Downlink:
         else:
             self._exchange.body = None  # a stream may last for minutes
             self._upload.forget()
-        if not answer.ended:
-            self._sink.flow_from(attempt.flow)
+        self._exchange.answered = attempt.backend
         answer.commit(self._sink, answered_by(attempt.backend, attempts))
+        if not answer.ended:
+            self._sink.flow_from(attempt.flow)  # after the commit: it may have filled the buffer
         if answer.framing is Framing.TUNNEL:
             connection = attempt.tunnel(self._transport)
             self._protocol.set_parser(cast(Any, Tunnel(connection)))
@@ -118,17 +118,22 @@ class Api:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
-        path = request.raw_path.partition("?")[0]
-        own = self._own.get(path)
+        own = self._own.get(path_of(request.raw_path))
         if own is not None:
             return await self._handle_own(own, request)
-        sent = await self._exchange(request, path)
+        sent = await self._exchange(request)
         return cast(web.StreamResponse, sent)
 
     async def _handle_own(self, own: OwnRoute, request: web.BaseRequest) -> web.StreamResponse:
         origin = request.headers.get("Origin")
-        if self._cors.preflight(request.method, request.headers):
-            response: web.StreamResponse = web.Response(status=204)
+        upgrade = request.headers.get("Upgrade")
+        if upgrade and not self._cors.may_listen(origin, request.headers.get("Host", "")):
+            body = error_body(Dialect.UNKNOWN, 403, "origin not allowed", "origin_not_allowed")
+            response: web.StreamResponse = web.Response(
+                status=403, body=body, content_type="application/json"
+            )
+        elif self._cors.preflight(request.method, request.headers):
+            response = web.Response(status=204)
         else:
             response = await own(request)
         if not response.prepared:
@@ -138,11 +143,12 @@ class Api:
                 response.force_close()
         return response
 
-    async def _exchange(self, request: web.BaseRequest, path: str) -> Sent:
+    async def _exchange(self, request: web.BaseRequest) -> Sent:
         protocol = cast(ClientProtocol, request.protocol)
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the client left")
+        path = path_of(request.raw_path)
         exchange = Exchange(
             id="",
             method=request.method,
@@ -162,7 +168,7 @@ class Api:
             keep_alive=request.keep_alive and not self._state.draining,
         )
         run = Run()
-        reason: str | None = None
+        reason: str | None = None  # where the end itself does not say it
         upload: Upload | None = None
         try:
             head = self._read_head(exchange, sink, request, http11)
@@ -176,7 +182,7 @@ class Api:
             run.end = End.ERROR
             self._refuse(exchange, sink, exc)
         except ClientGone:
-            reason = "client_closed"
+            run.end = End.CLIENT_CLOSED
             sink.keep_alive = False
         except asyncio.CancelledError:
             reason = self._cut(sink, run)
@@ -199,7 +205,8 @@ class Api:
         if run.end is End.COMPLETE:
             return None
         if not self._state.cutting:
-            return "client_closed"
+            run.end = End.CLIENT_CLOSED
+            return None
         run.end = End.ERROR
         if sink.status and not sink.finished:
             sink.fail(None)
@@ -224,10 +231,6 @@ class Api:
         if fault is not None:
             raise fault
         exchange.target = read_target(request.method, request.raw_path, head)
-        # The target in origin-form decides the route, whatever form it came in.
-        exchange.path = exchange.target.partition(b"?")[0].decode("utf-8", "surrogateescape")
-        if self._limits.total:
-            exchange.deadline = exchange.started + self._limits.total
         read_hints(exchange, head)
         return head
 
@@ -290,8 +293,9 @@ class Api:
         route = route_of(exchange.method, exchange.path)
         exchange.inference = route is not None
         json = upload.framed and is_json(head)
-        if route is not None and json:
+        if route is not None:
             await upload.fill()
+            json = json or upload.start.lstrip()[:1] == b"{"  # curl -d says it is a form
         exchange.body = upload.body if upload.framed else None
         if json:
             look(exchange, route, exchange.body, upload.start)
@@ -327,13 +331,16 @@ class Api:
     ) -> None:
         attempts = exchange.attempts
         last = attempts[-1] if attempts else None
-        if reason is None and last is not None and run.end is not End.COMPLETE:
-            reason = last.fault
+        end = run.end or End.ERROR
+        if reason is None and end is End.CLIENT_CLOSED:
+            reason = "client_closed"
+        elif reason is None and end is End.ERROR:
+            reason = run.reason or (last.fault if last is not None else "internal_error")
         now = self._clock()
         ttft = last.started + last.ttft - exchange.started if last and last.ttft else None
         self._telemetry.exchange(
             exchange,
-            run.end,
+            end,
             status=sink.status,
             reason=reason,
             bytes_in=upload.size if upload is not None else 0,

@@ -13,6 +13,7 @@ import orjson
 import structlog
 
 from ..contracts import Clock
+from .writer import LineWriter
 
 # Without PASSTHROUGH orjson would write a dataclass with every field, `Backend.api_key` too.
 _OPTIONS = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_UTC_Z
@@ -44,7 +45,7 @@ Write = Callable[[str, str, dict[str, Any]], None]  # level, event, fields
 
 
 class JsonLines:
-    """Log lines as JSON to `file`, or stdout.
+    """Log lines as JSON: to a file at once, or to a writer that never waits.
 
     Complete in itself: structlog's global configuration is neither read nor changed.
 
@@ -52,8 +53,8 @@ class JsonLines:
         logger: a structlog logger of these lines; info and above.
     """
 
-    def __init__(self, file: BinaryIO | None = None, unix: Clock = time.time) -> None:
-        self._sink = structlog.BytesLogger(file)
+    def __init__(self, to: BinaryIO | LineWriter, unix: Clock = time.time) -> None:
+        self._sink: Any = to if isinstance(to, LineWriter) else structlog.BytesLogger(to)
         self._unix = unix
         self.logger: Any = structlog.wrap_logger(
             self._sink,

@@ -2,8 +2,8 @@
 
 Counts are plain numbers of this one thread and become Prometheus samples only when they are asked
 for: prometheus_client's own counters hold a lock each and cost several times as much an update.
-Labels come from bounded sets: backend names, stages, faults, ends. What a client can make up
-(model, path, tenant) is never a label.
+Labels come from bounded sets: backend names, stages, faults, reasons, ends. What a client can make
+up (model, path, tenant) is never a label.
 """
 
 from __future__ import annotations
@@ -25,11 +25,30 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from .. import __version__
-from ..contracts import Candidates, Clock, End, Exchange, Live, Outcome
+from ..contracts import Candidates, Clock, End, Exchange, Fault, Live, Outcome
+from ..errors import ProxyError
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _WAITS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _OVERHEAD = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0)
+
+
+def _slugs(error: type[ProxyError]) -> set[str]:
+    return {error.reason}.union(*map(_slugs, error.__subclasses__()))
+
+
+# What `reason` may be as a label: the proxy's own errors and the faults. Plain text, for the same
+# cause as in `Metrics.attempt`.
+_REASONS = {
+    reason: reason
+    for reason in (
+        *sorted(_slugs(ProxyError)),
+        *(fault._value_ for fault in Fault),
+        "upstream_error",
+        "upstream_timeout",
+        "draining",
+    )
+}
 
 
 class Histogram:
@@ -68,10 +87,12 @@ class Metrics(Collector):
     """Every number of this process, in a registry of its own."""
 
     def __init__(self, region: str, clock: Clock) -> None:
-        self.exchanges: Counter[tuple[str, int]] = Counter()  # (end, status // 100)
+        # (end, status // 100, reason)
+        self.exchanges: Counter[tuple[str, int, str]] = Counter()
         self.ejections: Counter[str] = Counter()
         self.queue_depth = 0
-        self.lines_lost = 0
+        self.lines_lost = 0  # that the logger refused
+        self.lines_unwritten = 0  # that were taken, but never written
         self._region = region
         self._clock = clock
         self._backends: dict[str, Tally] = {}
@@ -99,9 +120,16 @@ class Metrics(Collector):
             tally.tokens_out += outcome.usage.output
 
     def exchange(
-        self, exchange: Exchange, end: End, status: int, duration: float, queued: float
+        self,
+        exchange: Exchange,
+        end: End,
+        status: int,
+        reason: str | None,
+        duration: float,
+        queued: float,
     ) -> None:
-        self.exchanges[end._value_, status // 100] += 1
+        told = _REASONS.get(reason, "other") if reason else ""
+        self.exchanges[end._value_, status // 100, told] += 1
         self._durations.observe(duration)
         if queued > 0:
             self._waits.observe(queued)
@@ -127,10 +155,12 @@ class Metrics(Collector):
 
     def _of_exchanges(self) -> Iterator[Metric]:
         exchanges = CounterMetricFamily(
-            "beacon_exchanges", "Client requests, by their end.", labels=("end", "status_class")
+            "beacon_exchanges",
+            "Client requests, by how and why they ended.",
+            labels=("end", "status_class", "reason"),
         )
-        for (end, hundreds), count in self.exchanges.items():
-            exchanges.add_metric((end, f"{hundreds}xx"), count)
+        for (end, hundreds, reason), count in self.exchanges.items():
+            exchanges.add_metric((end, f"{hundreds}xx", reason), count)
         yield exchanges
         for name, text, histogram in (
             ("exchange_duration", "From the head of a request to its end.", self._durations),
@@ -141,8 +171,9 @@ class Metrics(Collector):
                 f"beacon_{name}_seconds", text, histogram.buckets(), histogram.total
             )
         yield GaugeMetricFamily("beacon_queue_depth", "Waiting for room now.", self.queue_depth)
+        lost = self.lines_lost + self.lines_unwritten
         yield CounterMetricFamily(
-            "beacon_log_lines_lost", "Log lines that could not be written.", self.lines_lost
+            "beacon_log_lines_lost", "Log lines that could not be written.", lost
         )
 
     def _of_attempts(self) -> Iterator[Metric]:
@@ -186,12 +217,17 @@ class Metrics(Collector):
         health = GaugeMetricFamily(
             "beacon_backend_healthy", "1 where it is believed to work.", labels=("backend",)
         )
+        resting = GaugeMetricFamily(
+            "beacon_backend_resting", "1 while it is left alone, as it asked.", labels=("backend",)
+        )
+        now = self._clock()
         for candidate in self._candidates:
             backend, live = candidate.backend, candidate.live
             info.add_metric((backend.name, backend.provider, backend.region, backend.pool), {})
             in_flight.add_metric((backend.name,), live.in_flight)
-            health.add_metric((backend.name,), healthy(live, self._clock()))
-        yield from (info, in_flight, health)
+            health.add_metric((backend.name,), healthy(live, now))
+            resting.add_metric((backend.name,), live.resting_until > now)
+        yield from (info, in_flight, health, resting)
 
 
 def healthy(live: Live, now: float) -> bool:

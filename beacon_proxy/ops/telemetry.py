@@ -16,6 +16,7 @@ from .lines import JsonLines, encode, through
 from .live import Listener
 from .metrics import Metrics
 from .windows import Windows
+from .writer import LineWriter
 
 MAX_LISTENERS = 32  # each costs every exchange a little
 
@@ -23,7 +24,9 @@ MAX_LISTENERS = 32  # each costs every exchange a little
 LEVELS = {
     "backend.ejected": "warning",
     "config.ignored": "warning",
+    "fleet.panicked": "warning",
     "observe.failed": "error",
+    "probe.failed": "warning",
     "probes.stopped": "error",
     "retry.refused": "warning",
     "server.failed": "error",
@@ -56,10 +59,11 @@ class Telemetry:
         unix: Clock = time.time,
     ) -> None:
         self.region, self.clock, self.unix = region, clock, unix
-        lines = JsonLines(unix=unix) if log is None else None
+        self.metrics = Metrics(region, clock)
+        self._writer = LineWriter() if log is None else None
+        lines = None if self._writer is None else JsonLines(self._writer, unix)
         self.log = log if lines is None else lines.logger
         self._line = through(log) if lines is None else lines.write
-        self.metrics = Metrics(region, clock)
         self.windows = Windows(clock)
         self._access_log = access_log
         self._listeners: list[Listener] = []
@@ -90,7 +94,7 @@ class Telemetry:
         """
         if end is End.CLIENT_CLOSED:
             status = 499
-        self.metrics.exchange(exchange, end, status, duration, queued)
+        self.metrics.exchange(exchange, end, status, reason, duration, queued)
         if not self._access_log and not self._listeners:
             return
         fields = _canonical(exchange, end, status, reason)
@@ -118,8 +122,18 @@ class Telemetry:
         """Note how many exchanges wait for room now."""
         self.metrics.queue_depth = n
 
+    def close(self, timeout: float = 1.0) -> None:
+        """Write what the log still holds, within `timeout` s; later lines are lost.
+
+        A logger of the caller's own stays as it is.
+        """
+        if self._writer is not None:
+            self._writer.close(timeout)
+
     def render(self, candidates: Candidates, accept: str = "") -> tuple[bytes, str]:
         """The metrics and their content type, in the Prometheus format that `accept` prefers."""
+        if self._writer is not None:
+            self.metrics.lines_unwritten = self._writer.lost
         return self.metrics.render(candidates, accept)
 
     def subscribe(self) -> Listener:
@@ -166,9 +180,9 @@ def cost_usd(outcome: Outcome) -> float:
 
 
 def _canonical(exchange: Exchange, end: End, status: int, reason: str | None) -> dict[str, Any]:
-    """The canonical line less its measures; the last backend tried gave the answer."""
+    """The canonical line less its measures; `backend` gave the answer, or was the last tried."""
     attempts = exchange.attempts
-    last = attempts[-1].backend if attempts else None
+    last = exchange.answered or (attempts[-1].backend if attempts else None)
     fields: dict[str, Any] = {
         "id": exchange.id,
         "end": end,

@@ -68,8 +68,7 @@ class Attempt:
         exchange = self._exchange
         self._upload_of = source.upload
         outgoing = source.outgoing(self.candidate, self._provider)
-        repeatable = exchange.inference or exchange.idempotent
-        connection = self._wire.pool.take(self.backend) if repeatable else None
+        connection = self._wire.pool.take(self.backend) if exchange.may_repeat else None
         while True:
             fresh = connection is None
             if connection is None:
@@ -89,6 +88,14 @@ class Attempt:
         exchange, total = self._exchange, self.backend.timeouts.total
         own = exchange.started + total if total else inf
         return own if exchange.deadline is None else min(own, exchange.deadline)
+
+    def _answer_by(self, lone: bool) -> float:
+        """Where the limit is ours and another could answer: half of what is left is for it."""
+        exchange = self._exchange
+        if lone or not exchange.deadline_is_ours or exchange.deadline is None:
+            return inf
+        now = monotonic()
+        return now + (exchange.deadline - now) / 2
 
     async def _connect(self) -> Connection:
         """Connect, but not past the client's own deadline."""
@@ -111,6 +118,7 @@ class Attempt:
             head_only=exchange.method == "HEAD",
             upgrade=source.upgrade,
             deadline=self._deadline(),
+            answer_by=self._answer_by(lone),
             lone=lone,
         )
         self._connection = connection
@@ -197,6 +205,8 @@ class Attempt:
         elif answer is not None and answer.committed and answer.fault is not None:
             late = of_fault(answer.fault, answer.detail)
             verdict, fault, detail = late.verdict, late.fault, late.detail
+        if fault is Fault.DEADLINE and self._waited_out():
+            verdict = Verdict.STRIKE
         elif answer is not None and answer.committed and answer.watch and answer.watch.error:
             verdict, fault = Verdict.STRIKE, Fault.ERROR_BODY
         usage = judgement.usage
@@ -222,12 +232,25 @@ class Attempt:
             detail=detail,
         )
 
+    def _waited_out(self) -> bool:
+        """Whether the deadline that passed was the proxy's own, not one that the client chose."""
+        own = self.backend.timeouts.total
+        return self._exchange.deadline_is_ours or bool(
+            own and monotonic() >= self._exchange.started + own
+        )
+
     def _repeatable(self, judgement: Judgement) -> bool:
         """Nothing sent: always. Sent: where the route has no side effect, or RFC 9110 9.2.2."""
         if (self.answer is not None and self.answer.committed) or not _can_repeat(self._upload_of):
             return False
         exchange = self._exchange
-        return judgement.elsewhere and (not self.sent or exchange.inference or exchange.idempotent)
+        if not judgement.elsewhere or not self.sent:
+            return judgement.elsewhere
+        if self.answer is not None and self.answer.status is not None and not exchange.inference:
+            # An error may have come after the deed; a refusal for want of room has not.
+            refused = judgement.verdict is Verdict.BUSY and exchange.may_repeat
+            return exchange.safe or refused
+        return exchange.may_repeat
 
 
 def _framed(upload: Upload | None, body: bytes) -> bytes:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..contracts import Backend, Candidates, Exchange, Outcome, Permit, QueueLimits
 
+PreparePhase = Callable[[Exchange], None]
 SelectPhase = Callable[[Exchange, Candidates], Candidates]
 AdmitPhase = Callable[[Exchange, Backend], Permit | None]
 RetryPhase = Callable[[Exchange, Outcome], float | None]
@@ -18,6 +19,7 @@ ObservePhase = Callable[[Exchange, Outcome], None]
 class Chain:
     """The phases of all middlewares, sorted once into tuples of bound methods."""
 
+    prepares: tuple[PreparePhase, ...]
     selects: tuple[SelectPhase, ...]
     admits: tuple[AdmitPhase, ...]
     retries: tuple[RetryPhase, ...]
@@ -35,6 +37,7 @@ class Chain:
 
         rules = phase("queue")
         return cls(
+            phase("prepare"),
             phase("select"),
             phase("admit"),
             phase("retry"),

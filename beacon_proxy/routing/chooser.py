@@ -35,7 +35,8 @@ class Choice:
 class Run:
     """What one exchange leaves behind for its log line."""
 
-    end: End = End.CLIENT_CLOSED
+    end: End | None = None  # set by who ends the exchange
+    reason: str | None = None  # of an error that no attempt tells
     queued: float = 0.0  # s, waiting for room
     waited: float = 0.0  # s, backing off between attempts
 
@@ -56,15 +57,18 @@ class Chooser:
         """
         candidates: Candidates = self._fleet.serving(model, tried)
         if exchange.max_price is not None:
-            candidates = [c for c in candidates if _estimate(c) <= exchange.max_price]
+            limit, typical = exchange.max_price, self._fleet.typical_duration()
+            candidates = [c for c in candidates if _estimate(c, typical) <= limit]
             if not candidates and not tried:
-                raise Limited("no backend is expected to answer within X-Beacon-Max-Price")
+                raise Limited(
+                    "no backend is expected to answer within X-Beacon-Max-Price", retry_after=60.0
+                )
         for select in self._chain.selects:
             candidates = select(exchange, candidates)
         return candidates
 
     async def choose(
-        self, exchange: Exchange, model: str | None, tried: set[str], run: Run
+        self, exchange: Exchange, model: str | None, tried: set[str], run: Run, *, patient: bool
     ) -> Choice:
         """The first candidate that every admit lets in; waits in the queue where all are full."""
         place: Place | None = None
@@ -76,11 +80,13 @@ class Chooser:
                     raise UpstreamError(Fault.DEADLINE, Stage.QUEUE, "the deadline ran out")
                 plan = self.plan(exchange, model, tried)
                 if not plan:
-                    raise self._nobody(exchange)
+                    raise self.nobody(exchange)
                 choice = self._admit(exchange, plan, place)
+                if place is not None:
+                    self._queue.tried(place, choice.candidate.backend.name if choice else None)
                 if choice is not None:
                     return choice
-                if now >= until or (place is None and self._queue.full):
+                if now >= until or not patient or (place is None and self._queue.full):
                     raise Overloaded("every backend is full", retry_after=1.0)
                 wants = frozenset(candidate.backend.name for candidate in plan)
                 if place is None:
@@ -98,8 +104,8 @@ class Chooser:
     def _admit(self, exchange: Exchange, plan: Candidates, place: Place | None) -> Choice | None:
         for candidate in plan:
             backend = candidate.backend
-            if self._queue.wanted(backend.name, place):
-                continue  # someone came first
+            if self._queue.promised(backend.name, place):
+                continue
             permits: list[Permit] = []
             for admit in self._chain.admits:
                 permit = admit(exchange, backend)
@@ -114,7 +120,8 @@ class Chooser:
                 permit.release()
         return None
 
-    def _nobody(self, exchange: Exchange) -> NoBackend:
+    def nobody(self, exchange: Exchange) -> NoBackend:
+        """What to tell a client that no backend can be asked for."""
         where = f" in region {exchange.region}" if exchange.region else ""
         now = self._fleet.now()
         waits = [
@@ -125,6 +132,6 @@ class Chooser:
         return NoBackend(f"no healthy backend{where}", retry_after=min(max(wait, 1.0), 60.0))
 
 
-def _estimate(candidate: Candidate) -> float:
-    """USD an attempt is expected to cost, by what attempts at this backend took so far."""
-    return candidate.backend.price_per_second * candidate.live.duration
+def _estimate(candidate: Candidate, typical: float) -> float:
+    """USD an attempt is expected to cost, by what attempts at this backend, or any, took so far."""
+    return candidate.backend.price_per_second * (candidate.live.duration or typical)

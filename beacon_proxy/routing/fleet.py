@@ -16,13 +16,18 @@ from ..contracts import (
     Exchange,
     Fault,
     Live,
+    Notify,
     Outcome,
     Provider,
     Verdict,
     canonical_model,
+    tell_nobody,
 )
 from ..wire.pool import tls_context
 
+_LACKING_TIME = 300.0  # s that a model stays unlikely on a backend that said it has not got it
+_LACKING_MOST = 256  # models remembered so, a backend
+_FIRST_GUESS = 5.0  # s, for the price of an answer while none has been seen
 _WEIGHT = 0.2  # of the newest outcome in the moving averages: about the last ten count
 
 
@@ -37,10 +42,12 @@ class Fleet:
         clock: Clock = time.monotonic,
         unix: Clock = time.time,
         version: str = "",
+        notify: Notify = tell_nobody,
     ) -> None:
         self.now = clock
         self._unix = unix
         self._version = version
+        self._notify = notify
         self._rows = tuple((b, Live(model_names=b.model_names)) for b in backends)
         self.providers = providers
         self._sessions: dict[tuple[bool, str | None], aiohttp.ClientSession] = {}
@@ -57,12 +64,17 @@ class Fleet:
         return [
             Candidate(backend, live)
             for backend, live in self._rows
-            if backend.name not in tried and _serves(backend, live, model)
+            if backend.name not in tried and self._serves(backend, live, model)
         ]
 
     def knows(self, model: str) -> bool:
         """Whether some backend serves, or may serve, the model."""
-        return any(_serves(backend, live, model) for backend, live in self._rows)
+        return any(self._serves(backend, live, model) for backend, live in self._rows)
+
+    def typical_duration(self) -> float:
+        """Seconds a good attempt took of late, over all backends; a guess before the first."""
+        known = [live.duration for _, live in self._rows if live.duration]
+        return sum(known) / len(known) if known else _FIRST_GUESS
 
     def note(self, exchange: Exchange, outcome: Outcome, live: Live) -> None:
         """Learn latency and success from one attempt."""
@@ -77,6 +89,24 @@ class Fleet:
                 live.latency = outcome.ttft if old is None else old + _WEIGHT * (outcome.ttft - old)
         elif outcome.verdict is Verdict.STRIKE:
             live.success -= _WEIGHT * live.success
+
+        elif outcome.fault is Fault.DEADLINE and outcome.sent:
+            # No strike, for the client chose how long to wait; but no sign of health either.
+            live.success -= _WEIGHT / 2 * live.success
+
+    def lacks(self, live: Live, model: str) -> None:
+        """A backend whose models were only assumed said that it has not got this one."""
+        if len(live.lacking) >= _LACKING_MOST:
+            live.lacking.clear()
+        live.lacking[model] = self.now() + _LACKING_TIME
+
+    def _serves(self, backend: Backend, live: Live, model: str | None) -> bool:
+        if model is None:
+            return True
+        models = backend.models if backend.models is not None else live.models
+        if models is not None:
+            return model in models
+        return live.lacking.get(model, 0.0) <= self.now()
 
     # -- probes ----------------------------------------------------------------------------------
 
@@ -112,8 +142,12 @@ class Fleet:
             check = Check(Verdict.STRIKE, fault=Fault.REFUSED, detail="no connection")
         except (aiohttp.ClientError, OSError, ValueError) as exc:
             check = Check(Verdict.STRIKE, fault=Fault.MALFORMED, detail=type(exc).__name__)
+        except Exception as exc:  # a plugin's fault must not end the probes of all others
+            check = Check(Verdict.NEUTRAL, detail=f"the check itself failed: {exc!r}"[:200])
+            self._notify("check.failed", backend=backend.name, error=repr(exc)[:200])
         if check is None:
             return None
+        live.check = check
         live.last_check = self._unix()
         live.check_latency = check.latency if check.latency is not None else self.now() - started
         if check.models is not None:
@@ -121,8 +155,3 @@ class Fleet:
                 live.model_names = check.models
             live.models = frozenset(map(canonical_model, check.models))
         return check
-
-
-def _serves(backend: Backend, live: Live, model: str | None) -> bool:
-    models = backend.models if backend.models is not None else live.models
-    return model is None or models is None or model in models

@@ -7,6 +7,7 @@ strike, and nothing at all.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -15,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from ..contracts import Backend, Exchange, Fault, Provider, Usage, Verdict
+from ..contracts import Backend, Candidate, Exchange, Fault, Provider, Usage, Verdict
 from ..wire.answer import Answer
 from ..wire.dialects import usage_in
 from ..wire.expect import HOLD_CAP, Framing
@@ -27,6 +28,7 @@ _VERDICTS = {
     Fault.DEADLINE: Verdict.NEUTRAL,
     Fault.CLIENT_CLOSED: Verdict.NEUTRAL,
 }
+_NO_MODEL = re.compile(rb"model_not_found|model\b.{0,200}\bnot (?:found|exist)", re.I | re.S)
 _BUSY_STATUSES = (429, 503, 529)
 _BUSY_WORDS = ("overloaded", "rate_limit", "unavailable", "busy")
 
@@ -41,6 +43,7 @@ class Judgement:
     usage: Usage | None = None
     detail: str = ""
     elsewhere: bool = False  # another backend may do better with the same request
+    lacks_model: bool = False  # it said so, of a model it was only assumed to serve
 
 
 def of_fault(fault: Fault, detail: str = "") -> Judgement:
@@ -49,11 +52,13 @@ def of_fault(fault: Fault, detail: str = "") -> Judgement:
     return Judgement(verdict, fault, detail=detail, elsewhere=verdict is not Verdict.NEUTRAL)
 
 
-def judge(exchange: Exchange, backend: Backend, provider: Provider, answer: Answer) -> Judgement:
+def judge(
+    exchange: Exchange, candidate: Candidate, provider: Provider, answer: Answer
+) -> Judgement:
     """Judge a held answer: by its fault, its provider's own words, its status, its body."""
     if answer.fault is not None:
         return of_fault(answer.fault, answer.detail)
-    status = answer.status or 0
+    backend, status = candidate.backend, answer.status or 0
     if answer.framing is Framing.TUNNEL:
         return Judgement(Verdict.GOOD)
     if status >= 300 or exchange.inference:
@@ -62,12 +67,18 @@ def judge(exchange: Exchange, backend: Backend, provider: Provider, answer: Answ
             verdict = _VERDICTS.get(fault, Verdict.STRIKE)
             return Judgement(verdict, fault, _retry_after(answer), elsewhere=True)
     if status >= 400:
+        assumed = backend.models is None and candidate.live.models is None
+        if status == 404 and exchange.inference and assumed and _NO_MODEL.search(answer.body()):
+            return Judgement(Verdict.CALLER, Fault.STATUS, elsewhere=True, lacks_model=True)
         return _judge_status(answer, status)
     if not exchange.inference or status >= 300 or not answer.readable:
         return Judgement(Verdict.GOOD)
     if answer.watch is not None:
         return _judge_stream(answer)
-    return _judge_document(answer)
+    judgement = _judge_document(answer)
+    if exchange.prompt is not None and judgement.verdict is Verdict.GOOD and answer.complete:
+        return _judge_reading(backend, provider, answer.body()) or judgement
+    return judgement
 
 
 def _judge_status(answer: Answer, status: int) -> Judgement:
@@ -108,6 +119,21 @@ def _judge_document(answer: Answer) -> Judgement:
     if isinstance(document, dict) and document.get("error"):
         return _judge_error(body)
     return Judgement(Verdict.GOOD, usage=usage_in(body[-4096:]))
+
+
+def _judge_reading(backend: Backend, provider: Provider, body: bytes) -> Judgement | None:
+    """On the translated route an answer must also be one that its provider can read."""
+    document = _loads(body)
+    if not isinstance(document, dict):
+        return Judgement(Verdict.STRIKE, Fault.NOT_JSON, detail="no JSON object", elsewhere=True)
+    reading = provider.read(backend, document)
+    if reading.error is not None:
+        return Judgement(
+            Verdict.STRIKE, Fault.ERROR_BODY, detail="an error behind a 200", elsewhere=True
+        )
+    if not (reading.text or reading.done or reading.usage):
+        return Judgement(Verdict.STRIKE, Fault.EMPTY, detail="says nothing known", elsewhere=True)
+    return None
 
 
 def _decoded(body: bytes, coding: bytes | None) -> bytes | None:

@@ -19,7 +19,7 @@ from ..contracts import (
     Verdict,
     canonical_model,
 )
-from ..errors import ModelNotFound, NoBackend, ProxyError, UpstreamError
+from ..errors import ModelNotFound, ProxyError, UpstreamError
 from ..wire.answer import Answer
 from ..wire.request import Source
 from .attempt import Attempt, Wire
@@ -77,6 +77,8 @@ class Pipeline:
         Raises:
             ProxyError: there is no answer; what the client must be told.
         """
+        for prepare in self._chain.prepares:
+            prepare(exchange)
         model = canonical_model(exchange.model) if exchange.model else None
         if model is not None and not self._fleet.knows(model):
             raise ModelNotFound(f"no backend serves the model {exchange.model!r}")
@@ -95,7 +97,11 @@ class Pipeline:
         while True:
             try:
                 choice = await self._chooser.choose(
-                    course.exchange, course.model, course.tried, course.run
+                    course.exchange,
+                    course.model,
+                    course.tried,
+                    course.run,
+                    patient=fallback is None,
                 )
             except ProxyError:
                 if fallback is None or attempt is None:
@@ -108,7 +114,8 @@ class Pipeline:
             if delay is None:
                 self._conclude(course, attempt, fallback)
                 return
-            if attempt.answer is not None and attempt.answer.complete:
+            answer = attempt.answer
+            if answer is not None and answer.complete and _relayable(answer, attempt.last):
                 fallback = attempt
             if delay > 0:
                 course.run.waited += delay
@@ -125,8 +132,10 @@ class Pipeline:
         live.in_flight += 1
         live.picked += 1
         try:
-            await attempt.open(course.source, lone=choice.spare == 0 or not _may_repeat(exchange))
+            await attempt.open(course.source, lone=choice.spare == 0 or not exchange.may_repeat)
             judgement = attempt.last = self._judge(exchange, choice, attempt)
+            if judgement.lacks_model and course.model is not None:
+                self._fleet.lacks(live, course.model)
             delay = None
             if judgement.verdict is not Verdict.GOOD:
                 exchange.attempts.append(attempt.outcome(judgement, cancelled=False))
@@ -149,7 +158,7 @@ class Pipeline:
     def _judge(self, exchange: Exchange, choice: Choice, attempt: Attempt) -> Judgement:
         if attempt.error is not None or attempt.answer is None:
             return attempt.judgement_of_error()
-        return judge(exchange, attempt.backend, choice.provider, attempt.answer)
+        return judge(exchange, choice.candidate, choice.provider, attempt.answer)
 
     def _next(self, course: Course) -> float | None:
         """Seconds until another attempt, by the retry rules; None: no other attempt."""
@@ -174,7 +183,7 @@ class Pipeline:
             if attempt.error is not None and not isinstance(attempt.error, UpstreamError):
                 raise attempt.error  # the client's own request was at fault
             if fallback is None:
-                raise self._error_of(attempt)
+                raise self._error_of(exchange, attempt)
             course.client.commit(fallback, len(exchange.attempts))
             return
         good = exchange.attempts[-1].fault is None and (answer.status or 0) < 400
@@ -182,10 +191,9 @@ class Pipeline:
         if answer.fault is Fault.CLIENT_CLOSED:
             run.end = End.CLIENT_CLOSED
 
-    def _error_of(self, attempt: Attempt) -> ProxyError:
+    def _error_of(self, exchange: Exchange, attempt: Attempt) -> ProxyError:
         if attempt.candidate.last_resort:
-            wait = attempt.candidate.live.ejected_until - self._fleet.now()
-            return NoBackend("no healthy backend", retry_after=min(max(wait, 1.0), 60.0))
+            return self._chooser.nobody(exchange)
         if attempt.error is not None:
             return attempt.error
         answer = attempt.answer
@@ -206,10 +214,6 @@ class Pipeline:
 
 
 _LEFT = Judgement(Verdict.NEUTRAL, Fault.CLIENT_CLOSED)
-
-
-def _may_repeat(exchange: Exchange) -> bool:
-    return exchange.inference or exchange.idempotent
 
 
 def _relayable(answer: Answer | None, judgement: Judgement) -> bool:

@@ -1,7 +1,8 @@
 """The bounded wait for room, in one place.
 
-Waiters stand in the order they came. A released slot goes to the first waiter that wants its
-backend, and while a waiter wants a backend nobody who comes later may take a slot there.
+Waiters stand in the order they came. A released slot is promised to the first waiter that wants its
+backend, and nobody may take it before that one has tried. Who is refused for another reason than
+room passes it on, and holds up nobody.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Queue:
         self._told = told
         self._places: dict[Place, None] = {}
         self._wanted: dict[str, int] = {}
+        self._promised: dict[str, int] = {}  # backend -> slots
 
     def __len__(self) -> int:
         return len(self._places)
@@ -41,18 +43,14 @@ class Queue:
     def full(self) -> bool:
         return len(self._places) >= self.limits.size
 
-    def wanted(self, name: str, place: Place | None) -> bool:
-        """Whether someone ahead of `place` (None: a newcomer) waits for this backend."""
-        if not self._wanted.get(name):
+    def promised(self, name: str, place: Place | None) -> bool:
+        """Whether a free slot of this backend belongs to another than `place` (None: a newcomer).
+
+        It is promised to who was woken for it, until that one has tried.
+        """
+        if place is not None and place.owed == name:
             return False
-        if place is None:
-            return True
-        for other in self._places:
-            if other is place:
-                return False
-            if name in other.wants:
-                return True
-        return False
+        return self._promised.get(name, 0) > 0
 
     def join(self, wants: frozenset[str]) -> Place:
         """Take a place at the end. The caller has seen that the queue is not full."""
@@ -70,20 +68,33 @@ class Queue:
             place.wants = wants
 
     def leave(self, place: Place) -> None:
-        """Give the place up, and pass on a release that it was woken for and did not use."""
+        """Give the place up."""
+        self.tried(place)
         del self._places[place]
         self._count(place.wants, -1)
         self._told(len(self._places))
-        if place.owed is not None:
-            self.released(place.owed)
+
+    def tried(self, place: Place, took: str | None = None) -> None:
+        """`place` has tried its luck: a slot promised to it that it did not take goes on."""
+        name, place.owed = place.owed, None
+        if name is not None:
+            self._promised[name] -= 1
+            if name != took:
+                self._wake_for(name, after=place)
 
     def released(self, name: str) -> None:
         """A slot on this backend is free: wake the first who wants it."""
-        if not self._wanted.get(name):
-            return
+        if self._wanted.get(name):
+            self._wake_for(name, after=None)
+
+    def _wake_for(self, name: str, after: Place | None) -> None:
+        passed = after is None
         for place in self._places:
-            if name in place.wants and place.wake is not None and not place.wake.done():
+            if not passed:
+                passed = place is after
+            elif name in place.wants and place.wake is not None and not place.wake.done():
                 place.owed = name
+                self._promised[name] = self._promised.get(name, 0) + 1
                 place.wake.set_result(None)
                 return
 

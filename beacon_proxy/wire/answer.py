@@ -75,7 +75,6 @@ class Answer:
         "held",
         "held_size",
         "last",
-        "length",
         "reason",
         "sending",
         "sent_at",
@@ -102,7 +101,6 @@ class Answer:
         self.headers: Headers = ()
         self.trailers: Headers = ()
         self.framing = Framing.NONE
-        self.length: int | None = None
         self.held: list[bytes] = []
         self.held_size = 0
         self.size = 0
@@ -143,7 +141,7 @@ class Answer:
         self, status: int, reason: bytes, headers: Headers, framing: Framing, length: int | None
     ) -> None:
         self.status, self.reason, self.headers = status, reason, headers
-        self.framing, self.length = framing, length
+        self.framing = framing
         self.stage = Stage.CONTENT
         self.head_at = self.last = monotonic()
         if framing is Framing.TUNNEL:
@@ -153,6 +151,10 @@ class Answer:
         if self._hold is Hold.CONTENT:
             self.watch = Watch(self.expect.shape)
         self._arm()
+
+    def touch(self) -> None:
+        """Something moved, if not towards the client: its body, its tunnel, its full buffer."""
+        self.last = monotonic()
 
     def on_piece(self, data: bytes) -> None:
         self.size += len(data)
@@ -198,12 +200,14 @@ class Answer:
         if self.ended:
             return
         self.fault, self.detail = fault, detail
-        if self._sink is not None:
-            event = None
-            if self.watch is not None and self.watch.fresh and not self.watch.ended:
-                event = error_event(self.expect.shape, _broken_message(fault), "upstream_error")
-            self._sink.fail(event)
-        self._end()
+        try:
+            if self._sink is not None:
+                event = None
+                if self.watch is not None and self.watch.fresh and not self.watch.ended:
+                    event = error_event(self.expect.shape, _broken_message(fault), "upstream_error")
+                self._sink.fail(event)
+        finally:
+            self._end()
 
     # -- the exchange's side ---------------------------------------------------------------------
 
@@ -235,6 +239,13 @@ class Answer:
         if self._flow is not None:
             self._flow.resume_reading()
         self._arm()
+
+    def cut(self, fault: Fault, detail: str) -> None:
+        """End an answer that its reader refuses, and the connection under it."""
+        flow = self._flow
+        self.fail(fault, detail)
+        if flow is not None:
+            flow.abort()
 
     def abandon(self) -> None:
         """Close the connection under an answer that nobody wants any more."""
@@ -270,15 +281,17 @@ class Answer:
         expect, times = self.expect, self.expect.timeouts
         limit = expect.deadline
         if self.framing is Framing.TUNNEL:
-            return limit
+            return min(limit, _after(self.last, times.idle))
         if self.status is None:
             if self.sending:
                 return limit  # who sends has a limit of its own
+            limit = min(limit, expect.answer_by)
             whole = expect.inference and not expect.stream
             return min(
                 limit, _after(self.sent_at, times.document if whole else times.first_content)
             )
         if self._sink is None:
+            limit = min(limit, expect.answer_by)
             if self._hold is Hold.CONTENT:
                 limit = min(limit, _after(self.sent_at, times.first_content))
             else:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 from typing import cast
 
 import httptools
@@ -28,7 +27,7 @@ class _Malformed(Exception):
 
 
 class Connection(asyncio.Protocol):
-    """A client's connection to one backend; carries one exchange at a time.
+    """The proxy's connection to one backend; carries one exchange at a time.
 
     Attributes:
         reused: it has carried an exchange before.
@@ -58,7 +57,7 @@ class Connection(asyncio.Protocol):
         self._fields: list[tuple[bytes, bytes]] = []
         self._reason = b""
         self._pieces: list[bytes] = []
-        self._head_size = 0
+        self._framing_size = 0  # bytes since the last of the body
         self._headed = self._done = self._keep = self._excess = self._interim = False
         self._framing = Framing.NONE
 
@@ -74,6 +73,8 @@ class Connection(asyncio.Protocol):
             self._lost(Fault.CLOSED, "the connection had closed")
 
     def write(self, data: bytes) -> None:
+        if self._answer is not None:
+            self._answer.touch()
         if self.transport is not None and not self.closing:
             self.transport.write(data)
 
@@ -102,6 +103,8 @@ class Connection(asyncio.Protocol):
     def resume_reading(self) -> None:
         if self.reading_paused:
             self.reading_paused = False
+            if self._answer is not None:
+                self._answer.touch()  # the client took something
             if self.transport is not None and not self.closing:
                 self.transport.resume_reading()
 
@@ -125,8 +128,7 @@ class Connection(asyncio.Protocol):
             self._answer.on_piece(data)
             return
         self.answered = True
-        if not self._headed:
-            self._head_size += len(data)
+        self._framing_size += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as exc:
@@ -138,8 +140,8 @@ class Connection(asyncio.Protocol):
                 self._broken(str(exc.__context__ or exc) or type(exc).__name__)
                 return
             self._excess = True
-        if not self._headed and self._head_size > HEAD_CAP:
-            self._broken("the answer's head is too large")
+        if self._framing_size > HEAD_CAP:
+            self._broken("the answer's head, trailers or chunk extensions are too large")
             return
         self._flush()
         if self._done:
@@ -253,6 +255,7 @@ class Connection(asyncio.Protocol):
         return length
 
     def on_body(self, data: bytes) -> None:
+        self._framing_size = 0
         self._pieces.append(data)
 
     def on_message_complete(self) -> None:
@@ -292,5 +295,4 @@ class Connection(asyncio.Protocol):
         self._flush()
         answer, self._answer = self._answer, None
         if answer is not None:
-            with suppress(RuntimeError):  # a client transport that closed meanwhile
-                answer.fail(fault, detail)
+            answer.fail(fault, detail)

@@ -3,10 +3,10 @@
 A 200 head says little: vLLM sends it with an empty role chunk while the request still queues, and
 a cut stream looks like a short one. So a `Watch` reads an answer as it passes and tells three
 moments: the first *content*, an *error* said inside the answer, and the dialect's *end* marker. It
-keeps a few kilobytes at most, whatever the length of the stream, and never changes a byte.
+keeps one event at most, whatever the length of the stream, and never changes a byte.
 
-Before the first content each event is parsed; after it only literals are searched for. They cannot
-be forged by generated text, since inside a JSON string quotes and line ends are escaped.
+Before the first content each event is parsed; after it only those that hold a literal of an end or
+an error. The literal alone is no proof: tool arguments may hold any JSON.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import orjson
 
 from ..contracts import Dialect, Usage
 
-_LINE_MAX = 1 << 20  # bytes; a line longer than this is no notice, whatever it says
-_TAIL = 2048  # bytes kept for markers that a piece boundary splits, and for usage at the end
+_LINE_MAX = 256 << 10  # bytes of one event that are kept until it is complete
+_LONGEST = 32  # bytes; no hint below is longer
+_TAIL = 2048  # bytes kept for the event boundary, and for usage at the end
 
 
 class Shape(StrEnum):
@@ -128,7 +129,8 @@ class Sign(StrEnum):
 
     NOTHING = "nothing"  # role chunks, pings, queue notices
     CONTENT = "content"
-    END = "end"
+    LAST = "last"  # content, or the reason why there is no more
+    DONE = "done"  # `[DONE]`: the end, and no content by itself
     ERROR = "error"
 
 
@@ -143,12 +145,15 @@ def _read_chat(event: dict[str, Any]) -> Sign:
     choices = event.get("choices")
     if not isinstance(choices, list):
         return Sign.NOTHING if "usage" in event else Sign.CONTENT
+    sign = Sign.NOTHING
     for choice in choices:
-        if not isinstance(choice, dict) or choice.get("finish_reason"):
+        if not isinstance(choice, dict):
             return Sign.CONTENT
+        if choice.get("finish_reason"):
+            return Sign.LAST
         if _filled(choice.get("delta")) or choice.get("text"):
-            return Sign.CONTENT
-    return Sign.NOTHING
+            sign = Sign.CONTENT
+    return sign
 
 
 _RESPONSES_NOTHING = {"created", "queued", "in_progress", "output_item.added", "content_part.added"}
@@ -158,20 +163,29 @@ def _read_responses(event: dict[str, Any]) -> Sign:
     kind = str(event.get("type", "")).removeprefix("response.")
     if kind in ("error", "failed"):
         return Sign.ERROR
+    if kind in ("completed", "incomplete"):
+        return Sign.LAST
     return Sign.NOTHING if kind in _RESPONSES_NOTHING else Sign.CONTENT
+
+
+_MESSAGES_NOTHING = {"message_start", "ping", "content_block_start"}
 
 
 def _read_messages(event: dict[str, Any]) -> Sign:
     kind = event.get("type")
     if kind == "error":
         return Sign.ERROR
+    if kind == "message_stop":
+        return Sign.LAST
     return (
         Sign.NOTHING if kind in ("message_start", "ping", "content_block_start") else Sign.CONTENT
     )
 
 
 def _read_ollama(event: dict[str, Any]) -> Sign:
-    if event.get("done") or ("message" not in event and "response" not in event):
+    if event.get("done") is True:
+        return Sign.LAST
+    if "message" not in event and "response" not in event:
         return Sign.CONTENT
     filled = _filled(event.get("message")) or event.get("response") or event.get("thinking")
     return Sign.CONTENT if filled else Sign.NOTHING
@@ -183,21 +197,13 @@ _READERS = {
     Shape.MESSAGES: _read_messages,
     Shape.OLLAMA: _read_ollama,
 }
-# A marker that begins with a letter stands at a line's start only: text may hold it elsewhere.
-_END_MARKERS = {
-    Shape.CHAT: (b'"finish_reason":"', b'"finish_reason": "', b"data: [DONE]", b"data:[DONE]"),
-    Shape.RESPONSES: (b'"response.completed"', b'"response.incomplete"', b'"response.failed"'),
-    Shape.MESSAGES: (b'"message_stop"',),
-    Shape.OLLAMA: (b'"done":true', b'"done": true'),
+# A line that holds none of the four is neither an end nor an error; one that does is parsed.
+_HINTS = {
+    Shape.CHAT: (b'"finish_reason":"', b'"finish_reason": "', b"[DONE]", b'"error"'),
+    Shape.RESPONSES: (b".completed", b".incomplete", b".failed", b'"error"'),
+    Shape.MESSAGES: (b'"message_stop"', b'"error"', b'"error"', b'"error"'),
+    Shape.OLLAMA: (b'"done":true', b'"done": true', b'"error"', b'"error"'),
 }
-_ERROR_MARKERS = {
-    Shape.CHAT: (b'data: {"error"', b'data:{"error"'),
-    Shape.RESPONSES: (b"event: error", b"event:error", b'data: {"type":"error"'),
-    Shape.MESSAGES: (b"event: error", b"event:error", b'data: {"type":"error"'),
-    Shape.OLLAMA: (b'{"error"',),
-}
-_LONGEST = 32  # of the markers
-_QUOTE = ord('"')
 
 _INPUT = re.compile(rb'"(?:prompt_tokens|input_tokens|prompt_eval_count)"\s*:\s*(\d+)')
 _OUTPUT = re.compile(rb'"(?:completion_tokens|output_tokens|eval_count)"\s*:\s*(\d+)')
@@ -215,7 +221,7 @@ def usage_in(tail: bytes) -> Usage | None:
 def sign_of(shape: Shape, data: bytes) -> Sign:
     """Classify one event's data, or one NDJSON line."""
     if data == b"[DONE]":
-        return Sign.END
+        return Sign.DONE
     try:
         event = orjson.loads(data)
     except orjson.JSONDecodeError:
@@ -227,17 +233,6 @@ def sign_of(shape: Shape, data: bytes) -> Sign:
     return _READERS[shape](event)
 
 
-def _found(window: bytes, markers: tuple[bytes, ...], start: int) -> bool:
-    """Whether a marker stands in `window` from `start` on."""
-    for marker in markers:
-        at = window.find(marker, start)
-        while at >= 0:
-            if at == 0 or marker[0] == _QUOTE or window[at - 1] in b"\r\n":
-                return True
-            at = window.find(marker, at + 1)
-    return False
-
-
 class Watch:
     """Reads the stream of one answer as it passes.
 
@@ -245,63 +240,83 @@ class Watch:
         content: the first content has passed.
         error: an error event has passed.
         ended: the end marker, or an error event, has passed.
-        fresh: the stream stands at an event boundary.
+        error_data: the error event, at most 4 KiB of it.
     """
 
-    __slots__ = ("_rest", "_shape", "_tail", "content", "ended", "error", "error_data", "given")
+    __slots__ = (
+        "_given",
+        "_hints",
+        "_rest",
+        "_shape",
+        "_tail",
+        "content",
+        "ended",
+        "error",
+        "error_data",
+    )
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
-        self._rest = b""  # the line not yet complete, before the first content
+        self._hints = _HINTS[shape]
+        self._rest = b""  # the line not yet complete
         self._tail = b""
         self.content = self.ended = self.error = False
         self.error_data = b""
-        self.given = 0  # input tokens told ahead of the content
+        self._given = 0  # input tokens, told ahead of the content
 
     def feed(self, piece: bytes) -> None:
         """Look at the next piece."""
-        if not self.content:
-            self._read_lines(piece)
-        window = self._tail + piece
-        if not self.ended:
-            start = max(0, len(self._tail) - _LONGEST)
-            if _found(window, _END_MARKERS[self._shape], start):
-                self.ended = True
-            elif _found(window, _ERROR_MARKERS[self._shape], start):
-                self.error = self.ended = True
-        self._tail = window if len(window) <= _TAIL else window[-_TAIL:]
-
-    def _read_lines(self, piece: bytes) -> None:
-        lines = (self._rest + piece).splitlines(keepends=True)
-        self._rest = lines.pop() if lines and not lines[-1].endswith((b"\n", b"\r")) else b""
-        if len(self._rest) > _LINE_MAX:
-            self.content, self._rest = True, b""
+        tail = self._tail + piece
+        self._tail = tail if len(tail) <= _TAIL else tail[-_TAIL:]
+        if self.ended:
             return
-        for line in lines:
-            data = line.strip()
-            if self._shape is not Shape.OLLAMA:
-                if not data.startswith(b"data:"):
-                    continue
-                data = data[5:].strip()
-            if not data:
-                continue
-            sign = sign_of(self._shape, data)
-            if sign is Sign.ERROR:
-                self.error = self.ended = True
-                self.error_data = data[:4096]
-                return
-            if sign is Sign.CONTENT:
-                self.content = True
-                self._rest = b""
-                return
-            self._note_given(data)
+        window = self._rest + piece if self._rest else piece
+        end = window.rfind(b"\n") + 1
+        self._rest = window[end:]
+        if len(self._rest) > _LINE_MAX:
+            self._give_up_line()
+        if end and (not self.content or self._hinted(window, end)):
+            for line in window[:end].split(b"\n"):
+                self._read_line(line)
 
-    def _note_given(self, data: bytes) -> None:
-        if self._shape is Shape.MESSAGES and (found := _INPUT.search(data)):
-            self.given = int(found[1])
+    def _hinted(self, window: bytes, end: int) -> bool:
+        one, two, three, four = self._hints  # unrolled: this runs for each token
+        return (
+            window.find(one, 0, end) >= 0
+            or window.find(two, 0, end) >= 0
+            or window.find(three, 0, end) >= 0
+            or window.find(four, 0, end) >= 0
+        )
+
+    def _give_up_line(self) -> None:
+        """A line too long to be kept is content; an end mark inside it is believed as it stands."""
+        self.content = True
+        self.ended = self.ended or self._hinted(self._rest, len(self._rest))
+        self._rest = self._rest[-_LONGEST:]
+
+    def _read_line(self, line: bytes) -> None:
+        data = line.strip()
+        if self._shape is not Shape.OLLAMA:
+            if not data.startswith(b"data:"):
+                return
+            data = data[5:].strip()
+        if not data or self.ended:
+            return
+        sign = sign_of(self._shape, data)
+        if sign is Sign.ERROR:
+            self.error = self.ended = True
+            self.error_data = data[:4096]
+        elif sign in (Sign.LAST, Sign.DONE):
+            self.ended = True
+            self.content = self.content or sign is Sign.LAST
+        elif sign is Sign.CONTENT:
+            self.content = True
+        elif self._shape is Shape.MESSAGES and (found := _INPUT.search(data)):
+            self._given = int(found[1])
 
     @property
     def fresh(self) -> bool:
+        """Whether the stream stands at an event boundary."""
         tail = self._tail
         if self._shape is Shape.OLLAMA:
             return not tail or tail.endswith(b"\n")
@@ -313,14 +328,18 @@ class Watch:
 
         A reader drops an event that its blank line does not end, and with it the marker.
         """
-        if not self.ended or self.fresh:
+        if self._rest and not self.ended:
+            rest, self._rest = self._rest, b""
+            if self._shape is Shape.OLLAMA or rest.strip().endswith(b"[DONE]"):
+                self._read_line(rest)
+                return self.ended
+        if self._shape is Shape.OLLAMA:
             return self.ended
-        tail = self._tail.rstrip()
-        return tail.endswith(b"}" if self._shape is Shape.OLLAMA else b"[DONE]")
+        return self.ended and (self.fresh or self._tail.rstrip().endswith(b"[DONE]"))
 
     def usage(self) -> Usage | None:
         """Tokens, once the end has passed."""
         usage = usage_in(self._tail)
         if usage is not None and not usage.input:
-            return Usage(self.given, usage.output)
+            return Usage(self._given, usage.output)
         return usage

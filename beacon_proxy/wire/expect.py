@@ -39,6 +39,7 @@ class Expectation:
     head_only: bool = False  # the method was HEAD
     upgrade: bool = False
     deadline: float = inf  # monotonic s
+    answer_by: float = inf  # monotonic s; an answer that another could give must have begun
     lone: bool = False  # no other candidate stands ready
 
     def hold(self, status: int, headers: Headers, length: int | None) -> Hold:

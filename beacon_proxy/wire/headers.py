@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..contracts import Headers
@@ -170,9 +171,7 @@ def request_bytes(
         lines = [pair for pair in lines if pair[0] not in replaced]
     parts = [method.encode("ascii"), b" ", target, b" HTTP/1.1\r\nHost: ", host, b"\r\n"]
     parts += [line for _, line in lines]
-    for name, value in added:
-        if value:
-            parts += [name, b": ", value, b"\r\n"]
+    parts.append(field_lines(added))
     if head.chunked:
         parts.append(b"Transfer-Encoding: chunked\r\n")
     if head.upgrade is not None:
@@ -181,7 +180,19 @@ def request_bytes(
     return b"".join(parts)
 
 
-def forwarded_lines(head: RequestHead, *, request_id: bytes, client: str, scheme: str) -> bytes:
+def field_lines(fields: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Fields of the proxy's or a plugin's own making; those without a value are left out.
+
+    Raises:
+        BadRequest: a value that would end its line.
+    """
+    lines = [name + b": " + value for name, value in fields if value]
+    if any(_BAD_VALUE.search(line) for line in lines):
+        raise BadRequest("control character in a header value")
+    return b"".join([line + b"\r\n" for line in lines])
+
+
+def forwarded_lines(head: RequestHead, *, request_id: bytes, client: str) -> bytes:
     """The fields a gateway adds, with the blank line that ends the section.
 
     X-Forwarded-* as Caddy and Envoy write them; Via as RFC 9110 7.6.3 asks.
@@ -194,7 +205,7 @@ def forwarded_lines(head: RequestHead, *, request_id: bytes, client: str, scheme
         b"X-Forwarded-For: ",
         address if before is None else before + b", " + address,
         b"\r\nX-Forwarded-Proto: ",
-        known.get(b"x-forwarded-proto") or scheme.encode(),
+        known.get(b"x-forwarded-proto") or b"http",
         b"\r\nX-Forwarded-Host: ",
         known.get(b"x-forwarded-host") or known.get(b"host", b""),
         b"\r\nVia: ",

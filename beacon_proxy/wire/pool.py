@@ -17,6 +17,7 @@ import aiohappyeyeballs
 from ..contracts import Backend, Fault, Stage
 from ..errors import UpstreamError
 from .connection import Connection
+from .names import Names
 from .wheel import Wheel
 
 IDLE_LIMIT = 4.0  # s
@@ -30,6 +31,7 @@ class Pool:
         self._loop = loop
         self._wheel = wheel
         self._idle: dict[str, deque[Connection]] = {}
+        self._names = Names(loop)
 
     def take(self, backend: Backend) -> Connection | None:
         """An idle connection, newest first; None where there is none."""
@@ -58,9 +60,7 @@ class Pool:
             raise UpstreamError(_fault_of(exc), Stage.CONNECT, _detail_of(exc)) from exc
 
     async def _connect(self, backend: Backend) -> Connection:
-        infos = await self._loop.getaddrinfo(
-            backend.host, backend.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-        )
+        infos = await self._names.resolve(backend.host, backend.port)
         sock = await aiohappyeyeballs.start_connection(
             infos,
             loop=self._loop,

@@ -86,7 +86,9 @@ class ClientSink:
     def own_fields(self, fields: Mapping[str, str]) -> None:
         """Fields that go with every answer, in the place of a backend's of the same names."""
         if fields:
-            self.extra += "".join(f"{n}: {v}\r\n" for n, v in fields.items()).encode("latin-1")
+            self.extra += "".join(f"{n}: {v}\r\n" for n, v in fields.items()).encode(
+                "latin-1", "replace"
+            )
             self._replaced = frozenset(n.lower().encode("latin-1") for n in fields) - {b"vary"}
 
     def start(self, answer: Answer, added: bytes) -> None:
@@ -99,7 +101,7 @@ class ClientSink:
         if open_ended and not self._http11:
             self.keep_alive = False
         headers = answer.headers
-        if watched:
+        if watched or answer.status == 204:
             headers = tuple(pair for pair in headers if pair[0].lower() != b"content-length")
         if self._replaced:
             headers = tuple(pair for pair in headers if pair[0].lower() not in self._replaced)
@@ -141,15 +143,16 @@ class ClientSink:
             self._send(data)
 
     def finish(self, trailers: Headers) -> None:
+        # First of all: the write may fill the buffer, and the connection may serve another by now.
+        self._downstream.upstream = None
         if self._chunked:
             self._send(b"0\r\n" + trailer_lines(trailers) + b"\r\n" if trailers else b"0\r\n\r\n")
         self.finished = True
-        self._downstream.upstream = None
 
     def fail(self, event: bytes | None) -> None:
+        self._downstream.upstream = None
         self.broken = self.finished = True
         self.keep_alive = False
-        self._downstream.upstream = None
         if event is not None and (self._chunked or self._until_close):
             self.write(event)
 
@@ -158,8 +161,8 @@ class ClientSink:
 
         Not in `fail`: the close would cancel the exchange as if its client had left.
         """
-        if self._until_close and not self._transport.is_closing():
-            reset(self._transport)
+        if self._until_close or self._downstream.writing_paused:
+            reset(self._transport)  # nor wait for a client that takes nothing
         else:
             self._transport.close()  # what was written still goes out
 

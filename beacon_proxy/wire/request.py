@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ..contracts import Backend, Candidate, Exchange, Headers, Prompt, Provider, canonical_model
-from .dialects import INFERENCE_ROUTES, Route, Shape
-from .headers import RequestHead, find, forwarded_lines, request_bytes
+from ..contracts import (
+    Backend,
+    Candidate,
+    Dialect,
+    Exchange,
+    Headers,
+    Prompt,
+    Provider,
+    canonical_model,
+)
+from ..errors import BadRequest
+from .dialects import Route, Shape
+from .headers import RequestHead, field_lines, find, forwarded_lines, request_bytes
 from .upload import Upload
 
+CREDENTIALS = (
+    b"authorization",
+    b"x-api-key",
+    b"api-key",
+    b"x-goog-api-key",
+    b"modal-key",
+    b"modal-secret",
+)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -42,11 +61,15 @@ def host_of(backend: Backend) -> bytes:
 
 def added_fields(backend: Backend, provider: Provider) -> Headers:
     """Fields that replace the client's: credentials of this backend, but configured ones first."""
-    if not backend.headers:
-        return provider.credentials(backend)
+    own = provider.credentials(backend)
+    if not own and not backend.headers:
+        return ()
     named = {name.lower() for name, _ in backend.headers}
-    own = tuple(pair for pair in provider.credentials(backend) if pair[0].lower() not in named)
-    return own + backend.headers
+    own = tuple(pair for pair in own if pair[0].lower() not in named)
+    known = named.union(name.lower() for name, _ in own)
+    # A client's key must not reach a backend that has one of its own, whatever field it stands in.
+    bare = tuple((name, b"") for name in CREDENTIALS if name not in known) if own else ()
+    return own + backend.headers + bare
 
 
 class Verbatim:
@@ -66,11 +89,12 @@ class Verbatim:
             head,
             request_id=exchange.id.encode("ascii"),
             client=exchange.client,
-            scheme=exchange.scheme,
         )
 
     def outgoing(self, candidate: Candidate, provider: Provider) -> Outgoing:
         exchange, upload, backend = self._exchange, self.upload, candidate.backend
+        if (backend.base_path or backend.api_key) and climbs(exchange.target):
+            raise BadRequest("dot segments are not taken to a backend with a base path or a key")
         head = request_bytes(
             self._head,
             method=exchange.method,
@@ -82,6 +106,25 @@ class Verbatim:
         shape = self._route.shape if self._route is not None else Shape.DOCUMENT
         assert upload is not None
         return Outgoing(head, upload.body, shape, exchange.stream)
+
+
+_SHAPES = {
+    Dialect.OPENAI: Shape.CHAT,
+    Dialect.ANTHROPIC: Shape.MESSAGES,
+    Dialect.OLLAMA: Shape.OLLAMA,
+    Dialect.BEACON: Shape.OLLAMA,  # NDJSON with `done`, too
+    Dialect.UNKNOWN: Shape.DOCUMENT,
+}
+_SEPARATORS = re.compile(rb"/|\\|%2f|%5c", re.IGNORECASE)
+
+
+def climbs(target: bytes) -> bool:
+    """Whether a path segment is `.` or `..`, in any spelling that some server decodes."""
+    path = target.partition(b"?")[0]
+    if b"." not in path and b"%2" not in path:
+        return False
+    segments = _SEPARATORS.split(path)
+    return any(re.sub(b"(?i)%2e", b".", segment) in (b".", b"..") for segment in segments)
 
 
 class Translated:
@@ -109,13 +152,10 @@ class Translated:
         if given is not None and not any(name.lower() == b"authorization" for name, _ in fields):
             fields.append((b"Authorization", given))
         if exchange.trace_id is not None:
-            fields.append((b"X-Trace-Id", exchange.trace_id.encode("latin-1", "replace")))
-        lines = b"".join([name + b": " + value + b"\r\n" for name, value in fields if value])
+            fields.append((b"X-Trace-Id", exchange.trace_id.encode("ascii")))
+        lines = field_lines(fields)
         head = b"POST %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (call.target, host_of(backend), lines)
-        path = call.target.removeprefix(backend.base_path.encode()).split(b"?")[0].decode("latin-1")
-        route = INFERENCE_ROUTES.get(path) or INFERENCE_ROUTES.get(path.removeprefix("/openai"))
-        shape = route.shape if route is not None else Shape.OLLAMA
-        return Outgoing(head, call.body, shape, exchange.prompt.stream)
+        return Outgoing(head, call.body, _SHAPES[call.dialect], exchange.prompt.stream)
 
 
 def _spelled(prompt: Prompt, candidate: Candidate) -> Prompt:

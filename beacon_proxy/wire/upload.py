@@ -110,19 +110,21 @@ class Upload:
         Returns the body, or None where it is larger than the cap.
         """
         while not self.complete and self.size < REPLAY_CAP:
-            data = await self._next()
-            if data:
-                self._count(data)
-                self._kept.append(data)
-                self.complete = self._reader.at_eof()
+            await self._fill_once()
         return self.body
 
+    async def _fill_once(self) -> None:
+        data = await self._next()
+        if data:
+            self._count(data)
+            self._kept.append(data)
+            self.complete = self._reader.at_eof()
+
     async def whole(self) -> bytes:
-        """The whole body. Raises BodyTooLarge where it is larger than the replay cap."""
-        body = await self.fill()
-        if body is None:
-            raise BodyTooLarge(f"the body is larger than {REPLAY_CAP} bytes")
-        return body
+        """The whole body, however large. Raises BodyTooLarge above the limit."""
+        while not self.complete:
+            await self._fill_once()
+        return b"".join(self._kept)
 
     @property
     def body(self) -> bytes | None:

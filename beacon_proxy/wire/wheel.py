@@ -13,6 +13,7 @@ from math import ceil
 from typing import Protocol
 
 GRAIN = 0.05  # s
+HORIZON = 900.0  # s; what lies further off is asked again then, so that buckets stay few
 
 
 class Timed(Protocol):
@@ -37,7 +38,7 @@ class Wheel:
     def add(self, thing: Timed, when: float) -> None:
         """Ask `thing` at `when` (monotonic s, as the loop's own clock), or up to a grain later."""
         self.drop(thing)
-        bucket = ceil(when / GRAIN)
+        bucket = ceil(min(when, self._loop.time() + HORIZON) / GRAIN)
         thing.bucket = bucket
         things = self._buckets.get(bucket)
         if things is None:
@@ -72,11 +73,13 @@ class Wheel:
         self._timer = None
         now = self._loop.time()
         # The loop's clock has whole milliseconds, so it may still stand just before the bucket.
-        while self._order and self._order[0] * GRAIN <= now + 0.002:
-            for thing in self._buckets.pop(heappop(self._order)):
-                thing.bucket = None
-                again = thing.expire(now)
-                if again is not None:
-                    self.add(thing, max(again, now + GRAIN))
-        if self._order:
-            self._arm()
+        try:
+            while self._order and self._order[0] * GRAIN <= now + 0.002:
+                for thing in self._buckets.pop(heappop(self._order)):
+                    thing.bucket = None
+                    again = thing.expire(now)
+                    if again is not None:
+                        self.add(thing, max(again, now + GRAIN))
+        finally:
+            if self._order:
+                self._arm()

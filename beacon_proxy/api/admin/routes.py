@@ -192,7 +192,7 @@ class Admin:
         metrics = self._telemetry.metrics
         answer = views.summary(candidates, self._fleet.now())
         exchanges = dict.fromkeys(map(str, End), 0)
-        for (end, _), count in metrics.exchanges.items():
+        for (end, *_), count in metrics.exchanges.items():
             exchanges[end] += count
         return json_answer({**answer, "queue_depth": metrics.queue_depth, "exchanges": exchanges})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...contracts import Candidate, Candidates, Live
+from ...contracts import Candidate, Candidates, Check, Live
 from ...ops.metrics import healthy
 from ...ops.windows import Totals, Windows
 from .models import names_of
@@ -39,10 +39,16 @@ def provider(candidate: Candidate, now: float, unix: float, totals: Totals) -> d
         "max_in_flight": backend.max_in_flight,
         "models": names_of(candidate),
         "ejected_until": unix + live.ejected_until - now if ejected else None,
+        "resting_until": unix + live.resting_until - now if live.resting_until > now else None,
         "check_latency": _rounded(live.check_latency),
+        "last_check_result": live.check and _check(live.check),
         "ttft_p50": _rounded(totals.ttft_quantile(0.5)),
         "ttft_p95": _rounded(totals.ttft_quantile(0.95)),
     }
+
+
+def _check(check: Check) -> dict[str, Any]:
+    return {"verdict": check.verdict, "fault": check.fault, "detail": check.detail}
 
 
 def sums(totals: Totals) -> dict[str, Any]:
