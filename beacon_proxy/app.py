@@ -175,6 +175,7 @@ class App:
             self._pool.close()
             self._wheel.close()
         self.telemetry.notify("server.stopped")
+        self.telemetry.close()
 
 
 def run(settings: Settings, plugins: Plugins) -> int:

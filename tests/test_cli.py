@@ -265,17 +265,20 @@ def test_serve_when_nobody_reads_its_log_still_serves_and_stops(place: Path) -> 
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        fcntl.fcntl(process.stdout.fileno(), fcntl.F_SETPIPE_SZ, 4096)
-        started = next(line for line in process.stdout if b"server.started" in line)
-        url = f"http://127.0.0.1:{json.loads(started)['port']}"
-        for _ in range(60):  # some 500 bytes of log each
-            with pytest.raises(urllib.error.HTTPError, match="50[23]"):
-                urllib.request.urlopen(f"{url}/v1/chat/completions", b"{}", timeout=5)
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            assert answer.status == 200
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=10) == 0
-        assert process.stderr.read() == b""
+        try:
+            fcntl.fcntl(process.stdout.fileno(), fcntl.F_SETPIPE_SZ, 4096)
+            started = next(line for line in process.stdout if b"server.started" in line)
+            url = f"http://127.0.0.1:{json.loads(started)['port']}"
+            for _ in range(60):  # some 500 bytes of log each
+                with pytest.raises(urllib.error.HTTPError, match=r"50[23]"):
+                    urllib.request.urlopen(f"{url}/v1/chat/completions", b"{}", timeout=5)
+            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+                assert answer.status == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=10) == 0
+            assert process.stderr.read() == b""
+        finally:
+            process.kill()  # else a failure would be waited for
 
 
 def test_costs_when_asked_says_that_there_is_no_ledger_yet(
