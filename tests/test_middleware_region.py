@@ -102,10 +102,56 @@ def test_select_when_required_region_is_none_of_ours_still_finds_its_own_name() 
     assert names(chosen) == ["my-cellar"]
 
 
-def test_select_when_require_has_no_region_keeps_all() -> None:
-    region = Region(mode="require", region="us-east")
-    assert len(region.select(exchange(None, "require"), fleet())) == 3
-    assert len(region.select(exchange(None), fleet())) == 3
+def prepared(middleware: Region, asked: Exchange) -> tuple[str | None, str | None]:
+    middleware.prepare(asked)
+    return asked.region, asked.region_mode
+
+
+@pytest.mark.parametrize(
+    ("configured", "region", "mode", "then"),
+    [
+        pytest.param("prefer", None, "require", ("us-east", "require"), id="asked for"),
+        pytest.param("require", None, None, ("us-east", "require"), id="configured"),
+        pytest.param("require", None, "require", ("us-east", "require"), id="both"),
+        pytest.param("require", "eu-west", None, ("eu-west", "require"), id="region named"),
+        pytest.param("prefer", "eu-west", "require", ("eu-west", "require"), id="all named"),
+        pytest.param("require", None, "prefer", (None, "prefer"), id="asked not to"),
+        pytest.param("require", "eu-west", "prefer", ("eu-west", "prefer"), id="named, not to"),
+        pytest.param("prefer", None, None, (None, "prefer"), id="nothing"),
+        pytest.param("prefer", "eu-west", None, ("eu-west", "prefer"), id="only preferred"),
+    ],
+)
+def test_prepare_settles_mode_and_region_where_the_client_left_them_open(
+    configured: str,
+    region: str | None,
+    mode: str | None,
+    then: tuple[str | None, str | None],
+) -> None:
+    """`require` without a region required nothing; and phases before this one knew no mode."""
+    middleware = Region(mode=configured, region="us-east")  # type: ignore[arg-type]
+    asked = exchange(region, mode)
+    assert prepared(middleware, asked) == then
+    assert prepared(middleware, asked) == then  # what is settled stays so
+
+
+def test_prepare_when_instance_region_is_an_alias_gives_its_canonical_name() -> None:
+    """Health compares it with the backends' regions as it is."""
+    assert prepared(Region(mode="require", region="iad"), exchange()) == ("us-east", "require")
+
+
+def test_select_when_require_was_prepared_without_a_region_keeps_this_instances_own() -> None:
+    region = Region(mode="require", region="ams")
+    asked = exchange()
+    region.prepare(asked)
+    assert names(region.select(asked, fleet())) == ["eu-west"]
+
+
+def test_select_when_required_without_a_region_anywhere_keeps_all() -> None:
+    """An instance that was told no region has none of its own to require."""
+    region = Region(mode="require")
+    asked = exchange()
+    region.prepare(asked)
+    assert len(region.select(asked, fleet())) == 3
 
 
 def test_select_when_equally_near_keeps_the_order_it_was_given() -> None:

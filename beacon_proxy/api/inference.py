@@ -7,6 +7,7 @@ of the backends is told inside a 200, because that is where this route's clients
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -149,6 +150,9 @@ class Reader:
             self.problem = self.reading.error
         self._rest = b""
 
+    def moved(self) -> bool:
+        return self._sink.moved()
+
     def fail(self, event: bytes | None) -> None:
         self.problem = self.problem or "the backend's answer broke off"
 
@@ -250,7 +254,7 @@ def _invalid(exc: ValidationError) -> bytes:
         }
         for error in exc.errors(include_url=False, include_context=False)
     ]
-    return orjson.dumps({"detail": detail})
+    return json.dumps({"detail": detail}).encode()  # orjson refuses the numbers that are refused
 
 
 _CODES: dict[type[ProxyError], str] = {

@@ -72,7 +72,7 @@ class Child:
     @classmethod
     def spawn(cls, options: Options) -> Child:
         """Start the process and return at once; the model loads meanwhile."""
-        command = [sys.executable, "-m", __spec__.name, json.dumps(asdict(options))]
+        command = [sys.executable, "-m", f"{__package__}.child", json.dumps(asdict(options))]
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -154,12 +154,9 @@ async def serve(options: Options, llama_url: str) -> None:
 
 
 def main() -> None:
+    """Run one backend, as the first argument says (`Options` as JSON), until the parent lets go."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     options = Options(**json.loads(sys.argv[1]))
     server = load(options)
     asyncio.run(serve(options, server.listening_address))
     os._exit(0)  # llama.cpp's own end waits for requests that run
-
-
-if __name__ == "__main__":
-    main()

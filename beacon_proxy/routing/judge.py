@@ -107,7 +107,12 @@ def _judge_document(answer: Answer) -> Judgement:
     if not answer.complete:
         return Judgement(Verdict.GOOD)  # above the cap, or passed on because nobody else stands by
     held = answer.body()
-    body = _decoded(held, find(answer.headers, b"content-encoding"))
+    try:
+        body = _decoded(held, find(answer.headers, b"content-encoding"))
+    except zlib.error:
+        return Judgement(
+            Verdict.STRIKE, Fault.TRUNCATED, detail="the compressed body is broken", elsewhere=True
+        )
     if body is None:
         return Judgement(Verdict.GOOD)
     if not body.strip():
@@ -139,17 +144,17 @@ def _judge_reading(backend: Backend, provider: Provider, body: bytes) -> Judgeme
 def _decoded(body: bytes, coding: bytes | None) -> bytes | None:
     """The document inside a content coding; None where it cannot be read within bounds.
 
-    Only to judge it: what the client gets is the body as it came.
+    Only to judge it: what the client gets is the body as it came. Raises zlib.error where the coded
+    body is cut or spoilt.
     """
     if coding is None or coding.lower() == b"identity":
         return body
     if coding.lower() not in (b"gzip", b"x-gzip", b"deflate"):
         return None
     inflate = zlib.decompressobj(wbits=47)  # finds out by itself which of the two
-    try:
-        document = inflate.decompress(body, HOLD_CAP)
-    except zlib.error:
-        return None
+    document = inflate.decompress(body, HOLD_CAP)
+    if not inflate.eof and len(document) < HOLD_CAP:
+        raise zlib.error("cut short")
     return document if inflate.eof else None
 
 

@@ -33,6 +33,10 @@ class Sink(Protocol):
 
     def finish(self, trailers: Headers) -> None: ...
 
+    def moved(self) -> bool:
+        """Whether the client took something since the last time this was asked."""
+        ...
+
     def fail(self, event: bytes | None) -> None:
         """Show a broken answer: `event` if the stream can take one, then an unclean end."""
         ...
@@ -310,12 +314,20 @@ class Answer:
         limit = self._limit()
         if now < limit:
             return limit if limit < inf else None
+        if self._client_is_slow() and now < self.expect.deadline:
+            self.last = now  # the client is slow, not gone: what it was sent still drains
+            return self._limit()
         grace = self.head_at is not None and now < self._limit_without_grace()
         if grace:
             self._decide()
             return self._limit()
         self._run_out(now)
         return None
+
+    def _client_is_slow(self) -> bool:
+        """Whether all that is waited for is a client that still takes what it was sent."""
+        paused = self._flow is not None and self._flow.reading_paused
+        return paused and self._sink is not None and self._sink.moved()
 
     def _limit_without_grace(self) -> float:
         decided, self.decided = self.decided, True

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Mapping
 from email.utils import formatdate
 from http import HTTPStatus
+from sys import maxsize
 from typing import Protocol
 
 from ..contracts import Headers
@@ -54,6 +55,7 @@ class ClientSink:
         "_replaced",
         "_transport",
         "_until_close",
+        "_waiting",
         "broken",
         "bytes_out",
         "extra",
@@ -79,6 +81,7 @@ class ClientSink:
         self._replaced: frozenset[bytes] = frozenset()
         self._chunked = self._until_close = False
         self.keep_alive = keep_alive
+        self._waiting = maxsize  # bytes not yet taken by the client, when last asked
         self.status = 0
         self.bytes_out = 0
         self.broken = self.finished = False
@@ -148,6 +151,10 @@ class ClientSink:
         if self._chunked:
             self._send(b"0\r\n" + trailer_lines(trailers) + b"\r\n" if trailers else b"0\r\n\r\n")
         self.finished = True
+
+    def moved(self) -> bool:
+        waiting, self._waiting = self._waiting, self._transport.get_write_buffer_size()
+        return self._waiting < waiting
 
     def fail(self, event: bytes | None) -> None:
         self._downstream.upstream = None
