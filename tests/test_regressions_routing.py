@@ -28,8 +28,10 @@ from beacon_proxy.contracts import (
 from beacon_proxy.plugins import Plugins
 from beacon_proxy.routing import queue as queue_module
 from beacon_proxy.routing.chain import Chain
+from beacon_proxy.routing.chooser import Choice, Chooser, Run
 from beacon_proxy.routing.fleet import Fleet
 from beacon_proxy.routing.queue import Place, Queue
+from middleware.capacity import Capacity
 from providers.openai import OpenAI
 
 from . import kit_proxy
@@ -52,6 +54,7 @@ from .kit import (
     json_bytes,
     plugins,
     proxy,
+    request,
 )
 from .test_cases_ext import silent
 from .test_cases_ext_routing import CHEAPEST, GOOD, ask, backend_of, chain, queued, row
@@ -782,9 +785,11 @@ async def test_release_is_promised_to_the_first_who_wants_it_and_to_nobody_else(
     )
     assert not q.promised("b", None)
     q.tried(first, "a")
-    assert not q.promised("a", None)
-    assert woken(other, second) == [False, False]
     assert first.owed is None
+    # Someone was turned away meanwhile; there may be more room than was promised: the next looks.
+    assert woken(other, second) == [False, True]
+    q.tried(second)
+    assert not q.promised("a", None)
 
 
 @unhurried
@@ -799,6 +804,8 @@ async def test_two_releases_wake_two_and_are_promised_until_both_have_tried(
     q.tried(first, "a")
     assert (q.promised("a", None), q.promised("a", second)) == (True, False)
     q.tried(second, "a")
+    assert woken(third) == [True]
+    q.tried(third)
     assert not q.promised("a", None)
 
 
@@ -975,3 +982,52 @@ async def test_prepare_runs_before_the_first_plan_wherever_it_stands_in_the_chai
             assert backend_of(await ask(p, chat(headers=[CHEAPEST]))) == "b1"
             named = chat(headers=[CHEAPEST, ("X-Beacon-Region", "us-east")])
             assert backend_of(await ask(p, named)) == "b0"
+
+
+@pytest.mark.usefixtures("no_recheck")
+async def test_newcomer_in_the_moment_of_two_releases_takes_the_slot_that_is_free() -> None:
+    """It was turned away by the waiter's promise, and no release was left to wake it."""
+    middleware = Chain.of([Capacity()])
+    line = Queue(middleware.queue, lambda depth: None)
+    fleet = Fleet([fact(max_in_flight=2)], {"openai": OpenAI()})
+    chooser = Chooser(fleet, middleware, line)
+
+    async def choose() -> Choice:
+        return await chooser.choose(made(), None, set(), Run(), patient=True)
+
+    taken = [await choose(), await choose()]
+    waiter = asyncio.create_task(choose(), name="waiter")
+    await asyncio.sleep(0.01)
+    newcomer = asyncio.create_task(choose(), name="newcomer")  # runs before the waiter wakes
+    for choice in taken:
+        for permit in choice.permits:
+            permit.release()
+        line.released("b")
+    await asyncio.wait_for(waiter, 2)
+    await asyncio.wait_for(newcomer, 2)  # now: sleeps until RECHECK
+
+
+async def test_total_when_it_runs_out_in_the_queue_is_no_strike_and_sends_nothing() -> None:
+    """The queue knew no `total`: what was sent past its limit struck a healthy backend."""
+    gate = asyncio.Event()
+
+    async def slow(conn: BackendConn) -> None:
+        while await conn.request():
+            await gate.wait()
+            conn.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+            await conn.drain()
+
+    async with (
+        RawBackend(slow) as backend,
+        proxy({"url": backend, "max_in_flight": 1}, timeouts={"total": 0.3}) as p,
+        RawClient(p.port) as first,
+        RawClient(p.port) as second,
+    ):
+        await first.send(request("GET", "/first"))
+        await eventually(lambda: backend.requests)
+        got = await second.ask(request("GET", "/second"))
+        assert got.status == 504
+        assert [seen.target for seen in backend.requests] == [b"/first"]
+        gate.set()
+        lines = await p.exchanges(2)
+    assert [line["attempts"] for line in lines if line["path"] == "/second"] == [[]]

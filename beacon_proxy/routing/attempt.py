@@ -99,9 +99,9 @@ class Attempt:
 
     async def _connect(self) -> Connection:
         """Connect, but not past the client's own deadline."""
-        deadline = self._exchange.deadline
+        deadline = self._deadline()
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(deadline if deadline < inf else None):
                 return await self._wire.pool.connect(self.backend)
         except TimeoutError as exc:
             raise UpstreamError(Fault.DEADLINE, Stage.CONNECT, "the deadline ran out") from exc
@@ -198,17 +198,17 @@ class Attempt:
         """The record of this attempt, once it has ended."""
         answer, now = self.answer, monotonic()
         verdict, fault, detail = judgement.verdict, judgement.fault, judgement.detail
-        if cancelled and answer is not None and answer.said_all:
-            pass  # the client closed at the end marker, ahead of the last chunk
-        elif cancelled:
-            verdict, fault = Verdict.NEUTRAL, Fault.CLIENT_CLOSED
-        elif answer is not None and answer.committed and answer.fault is not None:
-            late = of_fault(answer.fault, answer.detail)
-            verdict, fault, detail = late.verdict, late.fault, late.detail
-        if fault is Fault.DEADLINE and self._waited_out():
+        if cancelled:
+            if answer is None or not answer.said_all:  # else it closed ahead of the last chunk only
+                verdict, fault = Verdict.NEUTRAL, Fault.CLIENT_CLOSED
+        elif answer is not None and answer.committed:
+            if answer.fault is not None:
+                late = of_fault(answer.fault, answer.detail)
+                verdict, fault, detail = late.verdict, late.fault, late.detail
+            elif answer.watch is not None and answer.watch.error:
+                verdict, fault = Verdict.STRIKE, Fault.ERROR_BODY
+        elif fault is Fault.DEADLINE and self._waited_out(now):
             verdict = Verdict.STRIKE
-        elif answer is not None and answer.committed and answer.watch and answer.watch.error:
-            verdict, fault = Verdict.STRIKE, Fault.ERROR_BODY
         usage = judgement.usage
         if answer is not None and usage is None and answer.watch is not None:
             usage = answer.watch.usage()
@@ -232,12 +232,13 @@ class Attempt:
             detail=detail,
         )
 
-    def _waited_out(self) -> bool:
-        """Whether the deadline that passed was the proxy's own, not one that the client chose."""
-        own = self.backend.timeouts.total
-        return self._exchange.deadline_is_ours or bool(
-            own and monotonic() >= self._exchange.started + own
-        )
+    def _waited_out(self, now: float) -> bool:
+        """Whether the backend had its fair part of a limit that is ours, not the client's."""
+        start = self._exchange.started
+        limit = self.backend.timeouts.total
+        if self._exchange.deadline_is_ours and self._exchange.deadline is not None:
+            limit = self._exchange.deadline - start
+        return 0 < limit <= now - start and now - self.started >= limit / 2
 
     def _repeatable(self, judgement: Judgement) -> bool:
         """Nothing sent: always. Sent: where the route has no side effect, or RFC 9110 9.2.2."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from time import monotonic
 
 from ..contracts import (
@@ -81,6 +82,9 @@ class Chooser:
                 plan = self.plan(exchange, model, tried)
                 if not plan:
                     raise self.nobody(exchange)
+                plan = [c for c in plan if now < _ends(exchange, c)]
+                if not plan:
+                    raise UpstreamError(Fault.DEADLINE, Stage.QUEUE, "the total time ran out")
                 choice = self._admit(exchange, plan, place)
                 if place is not None:
                     self._queue.tried(place, choice.candidate.backend.name if choice else None)
@@ -93,7 +97,7 @@ class Chooser:
                     place = self._queue.join(wants)
                 else:
                     self._queue.want(place, wants)
-                end = until if exchange.deadline is None else min(until, exchange.deadline)
+                end = min(until, max(_ends(exchange, c) for c in plan))
                 await self._queue.wait(place, end - now)
                 now = monotonic()
         finally:
@@ -130,6 +134,13 @@ class Chooser:
         ]
         wait = min((wait for wait in waits if wait > 0), default=5.0)
         return NoBackend(f"no healthy backend{where}", retry_after=min(max(wait, 1.0), 60.0))
+
+
+def _ends(exchange: Exchange, candidate: Candidate) -> float:
+    """When the exchange must be over on this backend; monotonic s."""
+    total = candidate.backend.timeouts.total
+    own = exchange.started + total if total else inf
+    return own if exchange.deadline is None else min(own, exchange.deadline)
 
 
 def _estimate(candidate: Candidate, typical: float) -> float:

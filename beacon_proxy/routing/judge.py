@@ -28,7 +28,10 @@ _VERDICTS = {
     Fault.DEADLINE: Verdict.NEUTRAL,
     Fault.CLIENT_CLOSED: Verdict.NEUTRAL,
 }
-_NO_MODEL = re.compile(rb"model_not_found|model\b.{0,200}\bnot (?:found|exist)", re.I | re.S)
+_NO_MODEL = re.compile(
+    rb"model_not_found|model\b.{0,200}\bnot (?:found|exist)|not_found_error.{0,80}model\b",
+    re.IGNORECASE | re.DOTALL,
+)
 _BUSY_STATUSES = (429, 503, 529)
 _BUSY_WORDS = ("overloaded", "rate_limit", "unavailable", "busy")
 
@@ -68,7 +71,7 @@ def judge(
             return Judgement(verdict, fault, _retry_after(answer), elsewhere=True)
     if status >= 400:
         assumed = backend.models is None and candidate.live.models is None
-        if status == 404 and exchange.inference and assumed and _NO_MODEL.search(answer.body()):
+        if status == 404 and exchange.inference and assumed and _lacks_model(answer):
             return Judgement(Verdict.CALLER, Fault.STATUS, elsewhere=True, lacks_model=True)
         return _judge_status(answer, status)
     if not exchange.inference or status >= 300 or not answer.readable:
@@ -79,6 +82,14 @@ def judge(
     if exchange.prompt is not None and judgement.verdict is Verdict.GOOD and answer.complete:
         return _judge_reading(backend, provider, answer.body()) or judgement
     return judgement
+
+
+def _lacks_model(answer: Answer) -> bool:
+    try:
+        body = _decoded(answer.body(), find(answer.headers, b"content-encoding"))
+    except zlib.error:
+        return False
+    return body is not None and _NO_MODEL.search(body) is not None
 
 
 def _judge_status(answer: Answer, status: int) -> Judgement:

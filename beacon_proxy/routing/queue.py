@@ -35,6 +35,7 @@ class Queue:
         self._places: dict[Place, None] = {}
         self._wanted: dict[str, int] = {}
         self._promised: dict[str, int] = {}  # backend -> slots
+        self._turned_away: set[str] = set()  # backends refused for a promise alone
 
     def __len__(self) -> int:
         return len(self._places)
@@ -48,9 +49,10 @@ class Queue:
 
         It is promised to who was woken for it, until that one has tried.
         """
-        if place is not None and place.owed == name:
+        if (place is not None and place.owed == name) or not self._promised.get(name, 0):
             return False
-        return self._promised.get(name, 0) > 0
+        self._turned_away.add(name)
+        return True
 
     def join(self, wants: frozenset[str]) -> Place:
         """Take a place at the end. The caller has seen that the queue is not full."""
@@ -81,6 +83,9 @@ class Queue:
             self._promised[name] -= 1
             if name != took:
                 self._wake_for(name, after=place)
+            elif name in self._turned_away and not self._promised[name]:
+                self._turned_away.discard(name)
+                self._wake_for(name, after=None)  # there may have been more room than promised
 
     def released(self, name: str) -> None:
         """A slot on this backend is free: wake the first who wants it."""
