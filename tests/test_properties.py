@@ -20,7 +20,8 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beacon_proxy.wire.dialects import Shape, Watch
+from beacon_proxy.wire.dialects import Shape
+from beacon_proxy.wire.watch import Watch
 from beacon_proxy.wire.wheel import GRAIN, Wheel
 
 from .kit import (

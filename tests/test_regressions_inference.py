@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beacon_proxy.api import inference
-from beacon_proxy.wire.dialects import Shape, Watch
+from beacon_proxy.api import reader
+from beacon_proxy.wire.dialects import Shape
+from beacon_proxy.wire.watch import Watch
 
 from .kit import (
     SSE_HEAD,
@@ -97,7 +98,7 @@ async def test_inference_document_when_the_backend_streams_without_end_is_cut_at
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Only the unread rest of a line counted, and the text itself grew for ever."""
-    monkeypatch.setattr(inference, "ANSWER_CAP", 200_000)
+    monkeypatch.setattr(reader, "ANSWER_CAP", 200_000)
     _, said, *_ = chat_events("x" * 4000, 1)
 
     async def script(conn: BackendConn) -> None:

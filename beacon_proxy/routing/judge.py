@@ -18,9 +18,9 @@ import orjson
 
 from ..contracts import Backend, Candidate, Exchange, Fault, Provider, Usage, Verdict
 from ..wire.answer import Answer
-from ..wire.dialects import usage_in
 from ..wire.expect import HOLD_CAP, Framing
 from ..wire.headers import find
+from ..wire.watch import usage_in
 
 _VERDICTS = {
     Fault.BUSY: Verdict.BUSY,

@@ -17,8 +17,9 @@ from time import monotonic
 from typing import Protocol
 
 from ..contracts import Fault, Headers, Stage
-from .dialects import Watch, error_event
+from .dialects import error_event
 from .expect import GRACE, HOLD_CAP, Expectation, Framing, Hold
+from .watch import Watch
 from .wheel import Wheel
 
 
