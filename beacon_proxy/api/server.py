@@ -60,7 +60,7 @@ class Translator(Protocol):
 class Downlink:
     """`pipeline.Client`: sends an attempt's answer to the client as it is."""
 
-    __slots__ = ("_exchange", "_protocol", "_sink", "_transport", "_upload")
+    __slots__ = ("_exchange", "_protocol", "_transport", "sink", "upload")
 
     def __init__(
         self,
@@ -71,23 +71,23 @@ class Downlink:
         upload: Upload,
     ) -> None:
         self._exchange = exchange
-        self._upload = upload
+        self.upload = upload
         self._protocol = protocol
         self._transport = transport
-        self._sink = sink
+        self.sink = sink
 
     def commit(self, attempt: Attempt, attempts: int) -> None:
         answer = attempt.answer
         assert answer is not None
         if attempt.upload_runs:
-            self._sink.keep_alive = False  # the rest of the body would be taken for a request
+            self.sink.keep_alive = False  # the rest of the body would be taken for a request
         else:
             self._exchange.body = None  # a stream may last for minutes
-            self._upload.forget()
+            self.upload.forget()
         self._exchange.answered = attempt.backend
-        answer.commit(self._sink, answered_by(attempt.backend, attempts))
+        answer.commit(self.sink, answered_by(attempt.backend, attempts))
         if not answer.ended:
-            self._sink.flow_from(attempt.flow)  # after the commit: it may have filled the buffer
+            self.sink.flow_from(attempt.flow)  # after the commit: it may have filled the buffer
         if answer.framing is Framing.TUNNEL:
             connection = attempt.tunnel(self._transport)
             self._protocol.set_parser(cast(Any, Tunnel(connection)))
@@ -176,7 +176,8 @@ class Api:
                 run.end = End.COMPLETE
             else:
                 upload = self._upload(exchange, head, request, transport)
-                await self._run(exchange, head, upload, sink, run, protocol, transport)
+                client = Downlink(exchange, protocol, transport, sink, upload)
+                await self._run(exchange, head, client, run)
         except ProxyError as exc:
             reason = exc.reason
             run.end = End.ERROR
@@ -187,9 +188,7 @@ class Api:
         except asyncio.CancelledError:
             reason = self._cut(sink, run)
             raise
-        except (
-            Exception
-        ) as exc:  # ours: the client still gets an explicit error, the operator a line
+        except Exception as exc:  # ours: the client still gets an error, the operator a line
             reason = "internal_error"
             run.end = End.ERROR
             self._telemetry.notify("server.failed", id=exchange.id, error=repr(exc)[:500])
@@ -274,21 +273,13 @@ class Api:
             ask=transport if expects and request.version >= (1, 1) else None,
         )
 
-    async def _run(
-        self,
-        exchange: Exchange,
-        head: RequestHead,
-        upload: Upload,
-        sink: ClientSink,
-        run: Run,
-        protocol: ClientProtocol,
-        transport: asyncio.Transport,
-    ) -> None:
+    async def _run(self, exchange: Exchange, head: RequestHead, client: Downlink, run: Run) -> None:
+        upload = client.upload
         translator = self._translated.get(exchange.path)
         if translator is not None:
             if exchange.method != "POST":
                 raise MethodNotAllowed("only POST is offered here")
-            await translator.run(exchange, await upload.whole(), sink, run)
+            await translator.run(exchange, await upload.whole(), client.sink, run)
             return
         route = route_of(exchange.method, exchange.path)
         exchange.inference = route is not None
@@ -299,9 +290,7 @@ class Api:
         exchange.body = upload.body if upload.framed else None
         if json:
             look(exchange, route, exchange.body, upload.start)
-        source = Verbatim(exchange, head, upload, route)
-        client = Downlink(exchange, protocol, transport, sink, upload)
-        await self._pipeline.run(exchange, source, client, run)
+        await self._pipeline.run(exchange, Verbatim(exchange, head, upload, route), client, run)
 
     def _refuse(self, exchange: Exchange, sink: ClientSink, exc: ProxyError) -> None:
         """Tell the client an error of the proxy's own, in its dialect."""
