@@ -51,6 +51,11 @@ class ClientProtocol(RequestHandler):
         if self.upstream is not None:
             self.upstream.resume_reading()
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        # aiohttp asks for this at each read; to parse nothing again costs more than the read.
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if not self._messages:

@@ -102,6 +102,9 @@ class Reader:
             self.problem = self.reading.error
         self._rest = b""
 
+    def flush(self) -> None:
+        """Nothing is held back: each line goes out as it is made."""
+
     def moved(self) -> bool:
         return self._sink.moved()
 

@@ -32,6 +32,10 @@ class Sink(Protocol):
 
     def write(self, data: bytes) -> None: ...
 
+    def flush(self) -> None:
+        """Let out what `start` and the pieces after it may have held back to go together."""
+        ...
+
     def finish(self, trailers: Headers) -> None: ...
 
     def moved(self) -> bool:
@@ -240,7 +244,9 @@ class Answer:
                 self.on_complete(self.trailers)
             else:
                 self.fail(self.fault or Fault.CLOSED, self.detail)
+            sink.flush()
             return
+        sink.flush()
         if self._flow is not None:
             self._flow.resume_reading()
         self._arm()

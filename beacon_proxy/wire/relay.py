@@ -50,6 +50,7 @@ class ClientSink:
     __slots__ = (
         "_chunked",
         "_downstream",
+        "_held",
         "_http11",
         "_method",
         "_replaced",
@@ -80,6 +81,7 @@ class ClientSink:
         self.extra = b""
         self._replaced: frozenset[bytes] = frozenset()
         self._chunked = self._until_close = False
+        self._held: list[bytes] | None = None
         self.keep_alive = keep_alive
         self._waiting = maxsize  # bytes not yet taken by the client, when last asked
         self.status = 0
@@ -95,6 +97,7 @@ class ClientSink:
             self._replaced = frozenset(n.lower().encode("latin-1") for n in fields) - {b"vary"}
 
     def start(self, answer: Answer, added: bytes) -> None:
+        self._held = []  # one system call for head, body and end where they are all there
         framing = answer.framing
         # A stream whose end mark is awaited could end short and still keep its promised length.
         watched = answer.watch is not None and framing is Framing.LENGTH
@@ -184,6 +187,7 @@ class ClientSink:
     def send_own(self, status: int, headers: Headers, body: bytes, added: bytes = b"") -> None:
         """An answer of the proxy's own, whole."""
         self._chunked = False
+        self._held = []
         lines = _lines(headers) + added + _date()
         if status not in _BODILESS:
             lines += b"Content-Length: %d\r\n" % len(body)
@@ -191,10 +195,18 @@ class ClientSink:
         if self._method != "HEAD" and body:
             self.bytes_out += len(body)
             self._send(body)
+        self.flush()
         self.finished = True
 
+    def flush(self) -> None:
+        held, self._held = self._held, None
+        if held:
+            self._send(b"".join(held))
+
     def _send(self, data: bytes) -> None:
-        if not self._transport.is_closing():
+        if self._held is not None:
+            self._held.append(data)
+        elif not self._transport.is_closing():
             self._transport.write(data)
 
 
