@@ -1,4 +1,4 @@
-"""`POST /inference` over real sockets: interface.md section 5, as its old clients read it."""
+"""`POST /inference` over real sockets: as the first router's clients read it."""
 
 from __future__ import annotations
 

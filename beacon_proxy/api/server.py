@@ -26,7 +26,7 @@ from ..wire.expect import Framing
 from ..wire.headers import RequestHead, read_request_head, request_id
 from ..wire.relay import ClientSink
 from ..wire.request import Verbatim
-from ..wire.upload import ClientGone, Upload
+from ..wire.upload import ClientGone, Kept, Upload
 from .cors import Cors
 from .intake import is_json, look, path_of, read_hints, read_target, route_of
 from .naming import answered_by
@@ -112,6 +112,7 @@ class Api:
         self._own = own
         self._translated = translated
         self._limits = limits
+        self._kept = Kept()
         self._cors = cors
         self._state = state
         self._clock = clock
@@ -195,6 +196,8 @@ class Api:
             self._refuse(exchange, sink, ProxyError("internal error"))
         finally:
             self._tell(exchange, sink, run, reason, upload)
+            if upload is not None:
+                upload.forget()
             if sink.broken:
                 sink.close()
         return Sent(sink.keep_alive)
@@ -269,6 +272,7 @@ class Api:
             length=head.length,
             chunked=head.chunked,
             limit=self._limits.max_body_size,
+            kept=self._kept,
             idle=self._limits.idle,
             ask=transport if expects and request.version >= (1, 1) else None,
         )

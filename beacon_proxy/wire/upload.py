@@ -8,13 +8,24 @@ from collections.abc import AsyncIterator
 from aiohttp import StreamReader
 from aiohttp.web_protocol import RequestPayloadError
 
-from ..errors import BadRequest, BodyTooLarge, RequestTimeout
+from ..errors import BadRequest, BodyTooLarge, Overloaded, RequestTimeout
 
 REPLAY_CAP = 4 << 20  # bytes; a body up to this size can be sent again
+KEPT_CAP = 128 << 20  # bytes of all bodies held at the same time in this process
 
 
 class ClientGone(ConnectionError):
     """The client closed its connection before its request was whole."""
+
+
+class Kept:
+    """How many bytes of request bodies this process holds."""
+
+    __slots__ = ("limit", "used")
+
+    def __init__(self, limit: int = KEPT_CAP) -> None:
+        self.limit = limit
+        self.used = 0
 
 
 class Upload:
@@ -28,7 +39,9 @@ class Upload:
     """
 
     __slots__ = (
+        "_all",
         "_continue",
+        "_held",
         "_idle",
         "_kept",
         "_limit",
@@ -47,6 +60,7 @@ class Upload:
         length: int | None,
         chunked: bool,
         limit: int,
+        kept: Kept,
         idle: float = 0.0,
         ask: asyncio.Transport | None = None,
     ) -> None:
@@ -54,11 +68,14 @@ class Upload:
 
         Args:
             limit: bytes, the largest body taken.
+            kept: counts the bytes of all bodies that are held.
             idle: s the client may stay silent inside its body; 0: for ever.
             ask: gets a `100 Continue` before the body is waited for.
         """
         self._reader = reader
         self._kept: list[bytes] = []
+        self._held = 0  # bytes in it
+        self._all = kept
         self._limit = limit
         self._idle = idle or None
         self._continue = ask
@@ -77,14 +94,21 @@ class Upload:
         if self._reader.exception() is None:
             data = self._reader.read_nowait(-1)
             if data:
-                self._count(data)
-                self._kept.append(data)
+                self._keep(data)
             self.complete = self._reader.at_eof()
 
     def _count(self, data: bytes) -> None:
         self.size += len(data)
         if self.size > self._limit:
             raise BodyTooLarge(f"the body is larger than the limit of {self._limit} bytes")
+
+    def _keep(self, data: bytes) -> None:
+        self._count(data)
+        if self._all.used + len(data) > self._all.limit:
+            raise Overloaded("too many request bodies are being held", retry_after=1.0)
+        self._all.used += len(data)
+        self._held += len(data)
+        self._kept.append(data)
 
     async def _next(self) -> bytes:
         """The next bytes from the client; b"" at the end."""
@@ -116,8 +140,7 @@ class Upload:
     async def _fill_once(self) -> None:
         data = await self._next()
         if data:
-            self._count(data)
-            self._kept.append(data)
+            self._keep(data)
             self.complete = self._reader.at_eof()
 
     async def whole(self) -> bytes:
@@ -136,8 +159,10 @@ class Upload:
         return self._kept[0] if self._kept else b""
 
     def forget(self) -> None:
-        """No attempt will follow: let go of what was kept for one."""
+        """No attempt will follow: let go of what was kept for one. May be called again."""
         self.replayable = False
+        self._all.used -= self._held
+        self._held = 0
         self._kept.clear()
 
     @property
@@ -156,11 +181,11 @@ class Upload:
             data = await self._next()
             if not data:
                 break
-            self._count(data)
-            if self.size <= REPLAY_CAP:
-                self._kept.append(data)
+            room = self._all.used + len(data) <= self._all.limit
+            if self.replayable and room and self.size + len(data) <= REPLAY_CAP:
+                self._keep(data)
             else:
-                self.replayable = False
-                self._kept.clear()
+                self._count(data)
+                self.forget()
             self.complete = self._reader.at_eof()
             yield data
