@@ -104,11 +104,12 @@ class Upload:
 
     def _keep(self, data: bytes) -> None:
         self._count(data)
-        if self._all.used + len(data) > self._all.limit:
-            raise Overloaded("too many request bodies are being held", retry_after=1.0)
         self._all.used += len(data)
         self._held += len(data)
         self._kept.append(data)
+
+    def _room_for(self, data: bytes) -> bool:
+        return self._all.used + len(data) <= self._all.limit
 
     async def _next(self) -> bytes:
         """The next bytes from the client; b"" at the end."""
@@ -138,6 +139,8 @@ class Upload:
         return self.body
 
     async def _fill_once(self) -> None:
+        if not self._room_for(b""):
+            raise Overloaded("too many request bodies are being held", retry_after=1.0)
         data = await self._next()
         if data:
             self._keep(data)
@@ -181,8 +184,8 @@ class Upload:
             data = await self._next()
             if not data:
                 break
-            room = self._all.used + len(data) <= self._all.limit
-            if self.replayable and room and self.size + len(data) <= REPLAY_CAP:
+            fits = self.size + len(data) <= REPLAY_CAP and self._room_for(data)
+            if self.replayable and fits:
                 self._keep(data)
             else:
                 self._count(data)
