@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import inf
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -242,6 +243,12 @@ class Exchange:
     attempts: list[Outcome] = field(default_factory=list)
     answered: Backend | None = None  # whose answer was committed
     spare: int = 0  # candidates that stand ready beside the current one
+
+    def ends_on(self, backend: Backend) -> float:
+        """When it must be over if `backend` answers it; monotonic s, inf: never."""
+        total = backend.timeouts.total
+        own = self.started + total if total else inf
+        return own if self.deadline is None else min(own, self.deadline)
 
     @property
     def safe(self) -> bool:

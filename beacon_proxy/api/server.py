@@ -119,10 +119,11 @@ class Api:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
-        own = self._own.get(path_of(request.raw_path))
+        path = path_of(request.raw_path)
+        own = self._own.get(path)
         if own is not None:
             return await self._handle_own(own, request)
-        sent = await self._exchange(request)
+        sent = await self._exchange(request, path)
         return cast(web.StreamResponse, sent)
 
     async def _handle_own(self, own: OwnRoute, request: web.BaseRequest) -> web.StreamResponse:
@@ -144,12 +145,11 @@ class Api:
                 response.force_close()
         return response
 
-    async def _exchange(self, request: web.BaseRequest) -> Sent:
+    async def _exchange(self, request: web.BaseRequest, path: str) -> Sent:
         protocol = cast(ClientProtocol, request.protocol)
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the client left")
-        path = path_of(request.raw_path)
         exchange = Exchange(
             id="",
             method=request.method,

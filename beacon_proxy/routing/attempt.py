@@ -67,7 +67,11 @@ class Attempt:
         """
         exchange = self._exchange
         self._upload_of = source.upload
-        outgoing = source.outgoing(self.candidate, self._provider)
+        try:
+            outgoing = source.outgoing(self.candidate, self._provider)
+        except ProxyError as exc:
+            self.error = exc
+            return
         connection = self._wire.pool.take(self.backend) if exchange.may_repeat else None
         while True:
             fresh = connection is None
@@ -84,11 +88,6 @@ class Attempt:
             self._stop_upload()
             connection = None
 
-    def _deadline(self) -> float:
-        exchange, total = self._exchange, self.backend.timeouts.total
-        own = exchange.started + total if total else inf
-        return own if exchange.deadline is None else min(own, exchange.deadline)
-
     def _answer_by(self, lone: bool) -> float:
         """Where the limit is ours and another could answer: half of what is left is for it."""
         exchange = self._exchange
@@ -98,8 +97,8 @@ class Attempt:
         return now + (exchange.deadline - now) / 2
 
     async def _connect(self) -> Connection:
-        """Connect, but not past the client's own deadline."""
-        deadline = self._deadline()
+        """Connect, but not past the end of the exchange."""
+        deadline = self._exchange.ends_on(self.backend)
         try:
             async with asyncio.timeout_at(deadline if deadline < inf else None):
                 return await self._wire.pool.connect(self.backend)
@@ -117,7 +116,7 @@ class Attempt:
             stream=outgoing.stream,
             head_only=exchange.method == "HEAD",
             upgrade=source.upgrade,
-            deadline=self._deadline(),
+            deadline=self._exchange.ends_on(self.backend),
             answer_by=self._answer_by(lone),
             lone=lone,
         )

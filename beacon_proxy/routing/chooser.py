@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from time import monotonic
 
 from ..contracts import (
@@ -82,7 +81,7 @@ class Chooser:
                 plan = self.plan(exchange, model, tried)
                 if not plan:
                     raise self.nobody(exchange)
-                plan = [c for c in plan if now < _ends(exchange, c)]
+                plan = [c for c in plan if now < exchange.ends_on(c.backend)]
                 if not plan:
                     raise UpstreamError(Fault.DEADLINE, Stage.QUEUE, "the total time ran out")
                 choice = self._admit(exchange, plan, place)
@@ -97,7 +96,7 @@ class Chooser:
                     place = self._queue.join(wants)
                 else:
                     self._queue.want(place, wants)
-                end = min(until, max(_ends(exchange, c) for c in plan))
+                end = min(until, max(exchange.ends_on(c.backend) for c in plan))
                 await self._queue.wait(place, end - now)
                 now = monotonic()
         finally:
@@ -134,13 +133,6 @@ class Chooser:
         ]
         wait = min((wait for wait in waits if wait > 0), default=5.0)
         return NoBackend(f"no healthy backend{where}", retry_after=min(max(wait, 1.0), 60.0))
-
-
-def _ends(exchange: Exchange, candidate: Candidate) -> float:
-    """When the exchange must be over on this backend; monotonic s."""
-    total = candidate.backend.timeouts.total
-    own = exchange.started + total if total else inf
-    return own if exchange.deadline is None else min(own, exchange.deadline)
 
 
 def _estimate(candidate: Candidate, typical: float) -> float:
