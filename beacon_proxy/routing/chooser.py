@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from time import monotonic
 
 from ..contracts import (
+    NO_SLOT,
     Candidate,
     Candidates,
     End,
@@ -21,13 +23,13 @@ from .fleet import Fleet
 from .queue import Place, Queue
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Choice:
     """Who is asked next, and the slots taken for it."""
 
     candidate: Candidate
     provider: Provider
-    permits: tuple[Permit, ...]
+    permits: list[Permit]  # to be released, each once
     spare: int  # other candidates that stand ready
 
 
@@ -49,7 +51,7 @@ class Chooser:
         self._chain = chain
         self._queue = queue
 
-    def plan(self, exchange: Exchange, model: str | None, tried: set[str]) -> Candidates:
+    def plan(self, exchange: Exchange, model: str | None, tried: Collection[str]) -> Candidates:
         """Candidates for the next attempt, best first, over the live state of this moment.
 
         Raises:
@@ -67,23 +69,37 @@ class Chooser:
             candidates = select(exchange, candidates)
         return candidates
 
+    def try_now(
+        self, exchange: Exchange, model: str | None, tried: Collection[str]
+    ) -> Choice | None:
+        """The first candidate that every admit lets in; None where all are full.
+
+        Raises:
+            Limited, NoBackend: as `plan`, and where it is empty.
+            UpstreamError: its time is over.
+        """
+        return self._admit(exchange, self._plan_in_time(exchange, model, tried, monotonic()), None)
+
     async def choose(
-        self, exchange: Exchange, model: str | None, tried: set[str], run: Run, *, patient: bool
+        self,
+        exchange: Exchange,
+        model: str | None,
+        tried: Collection[str],
+        run: Run,
+        *,
+        patient: bool,
     ) -> Choice:
-        """The first candidate that every admit lets in; waits in the queue where all are full."""
+        """As `try_now`, but waits in the queue where all are full, if `patient`.
+
+        Raises:
+            Overloaded: there was no room in time, or none in the queue.
+        """
         place: Place | None = None
         joined = now = monotonic()
         until = joined + self._queue.limits.timeout
         try:
             while True:
-                if exchange.deadline is not None and now >= exchange.deadline:
-                    raise UpstreamError(Fault.DEADLINE, Stage.QUEUE, "the deadline ran out")
-                plan = self.plan(exchange, model, tried)
-                if not plan:
-                    raise self.nobody(exchange)
-                plan = [c for c in plan if now < exchange.ends_on(c.backend)]
-                if not plan:
-                    raise UpstreamError(Fault.DEADLINE, Stage.QUEUE, "the total time ran out")
+                plan = self._plan_in_time(exchange, model, tried, now)
                 choice = self._admit(exchange, plan, place)
                 if place is not None:
                     self._queue.tried(place, choice.candidate.backend.name if choice else None)
@@ -104,21 +120,40 @@ class Chooser:
                 run.queued += monotonic() - joined
                 self._queue.leave(place)
 
+    def _plan_in_time(
+        self, exchange: Exchange, model: str | None, tried: Collection[str], now: float
+    ) -> Candidates:
+        """The plan, less who could not answer before the exchange must be over; never empty."""
+        if exchange.deadline is not None and now >= exchange.deadline:
+            raise UpstreamError(Fault.DEADLINE, Stage.QUEUE, "the deadline ran out")
+        plan = self.plan(exchange, model, tried)
+        if not plan:
+            raise self.nobody(exchange)
+        if self._fleet.has_totals:  # else the deadline alone ends it
+            plan = [c for c in plan if now < exchange.ends_on(c.backend)]
+            if not plan:
+                raise UpstreamError(Fault.DEADLINE, Stage.QUEUE, "the total time ran out")
+        return plan
+
     def _admit(self, exchange: Exchange, plan: Candidates, place: Place | None) -> Choice | None:
+        queue, admits = self._queue, self._chain.admits
         for candidate in plan:
             backend = candidate.backend
-            if self._queue.promised(backend.name, place):
+            if queue.owed and queue.promised(backend.name, place):
                 continue
             permits: list[Permit] = []
-            for admit in self._chain.admits:
+            for admit in admits:
                 permit = admit(exchange, backend)
                 if permit is None:
                     break
-                permits.append(permit)
+                if permit is not NO_SLOT:
+                    permits.append(permit)
             else:
-                spare = sum(not other.last_resort for other in plan) - (not candidate.last_resort)
-                provider = self._fleet.providers[backend.provider]
-                return Choice(candidate, provider, tuple(permits), spare)
+                spare = -1 if not candidate.last_resort else 0
+                for other in plan:
+                    if not other.last_resort:
+                        spare += 1
+                return Choice(candidate, self._fleet.providers[backend.provider], permits, spare)
             for permit in permits:
                 permit.release()
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import aiohttp
 
@@ -32,7 +32,13 @@ _WEIGHT = 0.2  # of the newest outcome in the moving averages: about the last te
 
 
 class Fleet:
-    """Every backend with its live state, in the order of the configuration."""
+    """Every backend with its live state, in the order of the configuration.
+
+    Attributes:
+        now: its clock.
+        providers: by the name that a backend gives as its own.
+        has_totals: some backend limits the whole time of an exchange.
+    """
 
     def __init__(
         self,
@@ -50,26 +56,39 @@ class Fleet:
         self._notify = notify
         self._rows = tuple((b, Live(model_names=b.model_names)) for b in backends)
         self.providers = providers
+        self.has_totals = any(backend.timeouts.total for backend, _ in self._rows)
         self._sessions: dict[tuple[bool, str | None], aiohttp.ClientSession] = {}
 
     def candidates(self) -> list[Candidate]:
         """One new candidate a backend."""
         return [Candidate(backend, live) for backend, live in self._rows]
 
-    def serving(self, model: str | None, tried: set[str]) -> list[Candidate]:
+    def serving(self, model: str | None, tried: Collection[str]) -> list[Candidate]:
         """Candidates that serve `model` (a canonical name; None: any) and were not tried yet.
 
         A backend whose models are not known may serve any.
         """
-        return [
-            Candidate(backend, live)
-            for backend, live in self._rows
-            if backend.name not in tried and self._serves(backend, live, model)
-        ]
+        found = []
+        for backend, live in self._rows:
+            if tried and backend.name in tried:
+                continue
+            if model is not None:
+                models = live.models if backend.models is None else backend.models
+                if models is not None:
+                    if model not in models:
+                        continue
+                elif live.lacking and self._lacked(live, model):
+                    continue
+            found.append(Candidate(backend, live))
+        return found
 
     def knows(self, model: str) -> bool:
         """Whether some backend serves, or may serve, the model."""
-        return any(self._serves(backend, live, model) for backend, live in self._rows)
+        for backend, live in self._rows:
+            models = live.models if backend.models is None else backend.models
+            if model in models if models is not None else not self._lacked(live, model):
+                return True
+        return False
 
     def typical_duration(self) -> float:
         """Seconds a good attempt took of late, over all backends; a guess before the first."""
@@ -100,13 +119,8 @@ class Fleet:
             live.lacking.clear()
         live.lacking[model] = self.now() + _LACKING_TIME
 
-    def _serves(self, backend: Backend, live: Live, model: str | None) -> bool:
-        if model is None:
-            return True
-        models = backend.models if backend.models is not None else live.models
-        if models is not None:
-            return model in models
-        return live.lacking.get(model, 0.0) <= self.now()
+    def _lacked(self, live: Live, model: str) -> bool:
+        return live.lacking.get(model, 0.0) > self.now()
 
     # -- probes ----------------------------------------------------------------------------------
 

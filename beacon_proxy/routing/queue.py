@@ -26,7 +26,11 @@ class Place:
 
 
 class Queue:
-    """Exchanges that wait for a slot."""
+    """Exchanges that wait for a slot.
+
+    Attributes:
+        owed: free slots that are promised to somebody, over all backends.
+    """
 
     def __init__(self, limits: QueueLimits, told: Callable[[int], None]) -> None:
         """`told` hears the length of the queue at each change."""
@@ -34,6 +38,7 @@ class Queue:
         self._told = told
         self._places: dict[Place, None] = {}
         self._wanted: dict[str, int] = {}
+        self.owed = 0
         self._promised: dict[str, int] = {}  # backend -> slots
         self._turned_away: set[str] = set()  # backends refused for a promise alone
 
@@ -81,6 +86,7 @@ class Queue:
         name, place.owed = place.owed, None
         if name is not None:
             self._promised[name] -= 1
+            self.owed -= 1
             if name != took:
                 self._wake_for(name, after=place)
             elif name in self._turned_away and not self._promised[name]:
@@ -100,6 +106,7 @@ class Queue:
             elif name in place.wants and place.wake is not None and not place.wake.done():
                 place.owed = name
                 self._promised[name] = self._promised.get(name, 0) + 1
+                self.owed += 1
                 place.wake.set_result(None)
                 return
 
