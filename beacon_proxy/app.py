@@ -17,7 +17,7 @@ from . import __version__
 from .api.admin import Admin
 from .api.cors import Cors
 from .api.inference import PATHS, Inference
-from .api.protocol import HEAD_TIMEOUT, BeaconServer
+from .api.protocol import HEAD_TIMEOUT, ClientServer
 from .api.server import Api, Limits
 from .config import Settings, resolve_backends
 from .ops.telemetry import Telemetry
@@ -58,7 +58,7 @@ class App:
         self._head_timeout = head_timeout
         self._stack = AsyncExitStack()
         self._server: asyncio.Server | None = None
-        self._http: BeaconServer | None = None
+        self._http: ClientServer | None = None
         self._wheel: Wheel | None = None
         self._pool: Pool | None = None
         self.port = 0
@@ -90,8 +90,8 @@ class App:
         self.pipeline = Pipeline(
             self.fleet, chain, Wire(loop, self._wheel, self._pool), self.telemetry
         )
-        self._http = BeaconServer(
-            self._api().handle, self._refused, head_timeout=self._head_timeout
+        self._http = ClientServer(
+            self._api(loop), loop, self._wheel, head_timeout=self._head_timeout
         )
         self._server = await loop.create_server(
             self._http, server.host, server.port, backlog=BACKLOG, reuse_address=True
@@ -119,7 +119,7 @@ class App:
             for entry in self._settings.middleware
         ]
 
-    def _api(self) -> Api:
+    def _api(self, loop: asyncio.AbstractEventLoop) -> Api:
         settings = self._settings
         admin = Admin(
             settings=settings,
@@ -140,10 +140,8 @@ class App:
             Cors(settings.server.cors_origins),
             self,
             time.monotonic,
+            loop,
         )
-
-    def _refused(self, status: int, reason: str) -> None:
-        self.telemetry.notify("request.refused", status=status, reason=reason)
 
     def hurry(self) -> None:
         """Let a drain under way wait no longer."""
@@ -162,14 +160,15 @@ class App:
         self.telemetry.notify("server.draining", seconds=seconds)
         server.close()
         deadline = time.monotonic() + seconds
-        self._http.pre_shutdown()
+        self._http.close_idle()
         while self._http.connections and time.monotonic() < deadline and not self.cutting:
             await asyncio.sleep(0.02)
-            self._http.pre_shutdown()
+            self._http.close_idle()
         self.cutting = True
         self._http.cut()
         await asyncio.sleep(0.01)  # for them to end as what they are
-        await self._http.shutdown(0.05)
+        self._http.abort()
+        await asyncio.sleep(0)  # for the transports to tell so
         await self._stack.aclose()
         if self._pool is not None and self._wheel is not None:
             self._pool.close()

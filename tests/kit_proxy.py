@@ -147,6 +147,7 @@ async def proxy(
     *backends: RawBackend | dict[str, Any],
     env: dict[str, str] | None = None,
     leaks: bool = False,
+    head_timeout: float = 75.0,
     **overrides: Any,
 ) -> AsyncIterator[Proxy]:
     """Run the proxy before `backends`, rows of beacon.yaml (a `url` may be a RawBackend) or
@@ -167,7 +168,7 @@ async def proxy(
     with written(document) as path:
         settings = load_settings(path, env or {}, plugins())
     recorder = Recorder()
-    app = App(settings, plugins(), env=env or {}, log=recorder.logger())
+    app = App(settings, plugins(), env=env or {}, log=recorder.logger(), head_timeout=head_timeout)
     await app.start()
     running = Proxy(app, recorder)
     try:

@@ -15,9 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from aiohttp import web
 
-from beacon_proxy.api.protocol import BeaconServer
 from beacon_proxy.contracts import Backend, Timeouts
 from beacon_proxy.wire.pool import Pool
 from beacon_proxy.wire.wheel import Wheel
@@ -90,14 +88,8 @@ def unanswered_port() -> Iterator[int]:
 async def test_ext_01_head_that_comes_too_slowly_is_cut_off() -> None:
     """The limit is over the whole head: a byte now and then must not stretch it (slowloris)."""
 
-    async def handler(_: web.BaseRequest) -> web.Response:
-        return web.Response(text="ok")
-
-    server = BeaconServer(handler, lambda status, reason: None, head_timeout=0.3)
-    listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
-    port = listener.sockets[0].getsockname()[1]
-    try:
-        async with RawClient(port) as slow:
+    async with RawBackend(answer(OK)) as backend, proxy(backend, head_timeout=0.3) as p:
+        async with RawClient(p.port) as slow:
             began = time.monotonic()
             for byte in GET.rstrip() * 20:
                 await slow.send(bytes([byte]))
@@ -106,11 +98,9 @@ async def test_ext_01_head_that_comes_too_slowly_is_cut_off() -> None:
             assert time.monotonic() - began < 1.5
             if slow.wire.buffer:
                 assert (await slow.response()).status == 408
-        async with RawClient(port) as other:
-            assert (await other.ask(GET)).body == b"ok"
-    finally:
-        listener.close()
-        await server.shutdown(0)
+        async with RawClient(p.port) as other:
+            assert (await other.ask(GET)).status == 200
+        assert len(backend.requests) == 1
 
 
 async def test_ext_01_slow_heads_harm_no_other_client() -> None:

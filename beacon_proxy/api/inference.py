@@ -73,7 +73,8 @@ class _Client:
         assert answer is not None
         self._reader.join(attempt, self._fleet.providers[backend.provider])
         self._exchange.answered = backend
-        answer.commit(self._reader, answered_by(backend, attempts))
+        named = answered_by(backend.name, backend.provider, backend.region, attempts)
+        answer.commit(self._reader, named)
         if self._stream and not answer.ended:
             self._sink.flow_from(attempt.flow)
 

@@ -24,7 +24,7 @@ _STREAM = re.compile(rb'"stream"\s*:\s*(true|false)')
 _BOOLS = {b"true": True, b"false": False}
 
 
-def read_target(method: str, raw: str, head: RequestHead) -> bytes:
+def read_target(method: str, target: bytes, head: RequestHead) -> bytes:
     """The request-target in origin-form, its bytes kept.
 
     The authority of an absolute-form target takes the place of Host (RFC 9112 3.2.2).
@@ -32,7 +32,6 @@ def read_target(method: str, raw: str, head: RequestHead) -> bytes:
     Raises:
         BadRequest: a target that two parsers could read in two ways.
     """
-    target = raw.encode("utf-8", "surrogateescape")
     if target == b"*" and method == "OPTIONS":
         return target  # RFC 9112 3.2.4
     if not target.startswith(b"/"):
@@ -48,13 +47,13 @@ def read_target(method: str, raw: str, head: RequestHead) -> bytes:
     return target
 
 
-def path_of(raw: str) -> str:
+def path_of(target: bytes) -> str:
     """The path of a request-target, in whichever form it came."""
-    if not raw.startswith("/"):
-        absolute = _ABSOLUTE.match(raw.encode("utf-8", "surrogateescape"))
+    if not target.startswith(b"/"):
+        absolute = _ABSOLUTE.match(target)
         if absolute is not None:
-            raw = raw[len(absolute[0].decode("utf-8", "surrogateescape")) :] or "/"
-    return raw.partition("?")[0]
+            target = target[absolute.end() :] or b"/"
+    return target.partition(b"?")[0].decode("utf-8", "surrogateescape")
 
 
 def route_of(method: str, path: str) -> Route | None:
@@ -124,9 +123,6 @@ def look(exchange: Exchange, route: Route | None, body: bytes | None, start: byt
         exchange.stream = said[1] == b"true"
 
 
-def is_json(head: RequestHead) -> bool:
+def is_json(content_type: bytes | None) -> bool:
     """Whether the body may be JSON, by its Content-Type."""
-    for name, line in head.lines:
-        if name == b"content-type":
-            return b"json" in line.lower()
-    return True
+    return content_type is None or b"json" in content_type.lower()

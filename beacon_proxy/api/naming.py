@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from ..contracts import Backend
+from functools import lru_cache
 
 
-def answered_by(backend: Backend, attempts: int) -> bytes:
+@lru_cache(maxsize=4096)
+def answered_by(backend: str, provider: str, region: str, attempts: int) -> bytes:
     """Name the backend and the number of the attempt that answered."""
     return (
-        f"X-Beacon-Backend: {backend.name}\r\n"
-        f"X-Beacon-Provider: {backend.provider}\r\n"
-        f"X-Beacon-Region: {backend.region}\r\n"
+        f"X-Beacon-Backend: {backend}\r\n"
+        f"X-Beacon-Provider: {provider}\r\n"
+        f"X-Beacon-Region: {region}\r\n"
         f"X-Beacon-Attempts: {attempts}\r\n"
     ).encode("ascii", "replace")

@@ -1,23 +1,34 @@
-"""The client's connection: aiohttp's server protocol, with what a relay needs besides.
+"""The client's connection: llhttp's callbacks in, one exchange at a time, answers straight out.
 
-Three things aiohttp leaves to its user: an upstream that slows down with a slow client, an upload
-whose framing breaks half-way (its reader would wait for ever), and bounds on what is framing alone.
+    WAITING --head is whole--> SERVING --answer is out, body taken--> WAITING
+                                  |  answer is out, body not
+                                  v
+                               LINGERING --body passed--> WAITING, or the connection closes
+
+Rule 1: strict. What two parsers could read in two ways is refused, and the connection with it.
+Rule 2: requests are answered in the order they came. What a client sends ahead is read to a bound.
+Rule 3: while an upgrade is asked for, nothing behind its request is parsed: after a 101 it is the
+backend's, after anything else it is the next request.
+Rule 4: a client whose request cannot be read any further is still read for a while, unparsed:
+closing under bytes it is still sending would reset the connection, and our answer would be lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import asyncio
+from collections import deque
+from collections.abc import Coroutine
+from math import inf
+from typing import Any, Protocol, cast
 
-from aiohttp import StreamReader, web
-from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
-from aiohttp.streams import EMPTY_PAYLOAD
-from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
+import httptools
 
-from ..contracts import Dialect
+from ..contracts import Headers
+from ..errors import BadRequest, HeadTooLarge, ProxyError
 from ..wire.answer import Flow
 from ..wire.connection import Connection
-from ..wire.dialects import error_body
+from ..wire.upload import ClientGone, Upload
+from ..wire.wheel import GRAIN, Wheel
 
 HEAD_CAP = 64 << 10  # bytes of one request's header section
 FIELDS_CAP = 256
@@ -25,187 +36,454 @@ LINE_CAP = 32 << 10  # bytes of the request line, and of one field
 FRAMING_FACTOR = 16  # bytes on the wire for each byte of a body: chunks of one byte take six
 FRAMING_SPARE = 64 << 10  # bytes beside that
 FLUSH_LIMIT = 30.0  # s for the rest of an answer to leave a connection that is closing
+LINGER = 10.0  # s that the rest of a body may take when nobody wants it
+AHEAD_MOST = 8  # requests read ahead; to read none would hide from us that their client left
 HEAD_TIMEOUT = 75.0  # s to the end of a head, from the connect or from the last answer
 
-Refused = Callable[[int, str], None]  # status and reason of a request that never became one
+
+class Request:
+    """A request whose head has come.
+
+    Attributes:
+        method, target: as they came.
+        headers: values without the space around them.
+        keep_alive: what the client asked for, or its version implies.
+        upload: its body.
+    """
+
+    __slots__ = ("headers", "http11", "keep_alive", "method", "target", "upload")
+
+    def __init__(
+        self, method: bytes, target: bytes, headers: Headers, http11: bool, upload: Upload
+    ) -> None:
+        self.method, self.target, self.headers = method, target, headers
+        self.http11 = http11
+        self.keep_alive = False
+        self.upload = upload
 
 
-class ClientProtocol(RequestHandler):
-    """One client connection."""
+class Handler(Protocol):
+    """Who answers requests."""
 
-    __slots__ = ("_body_size", "_head_size", "_refused", "upstream")
+    def begin(
+        self, connection: ClientConnection, request: Request
+    ) -> Coroutine[Any, Any, None] | None:
+        """Answer it, in a task if a coroutine is returned; ends with `connection.served`."""
+        ...
 
-    def __init__(self, manager: BeaconServer, refused: Refused, **options: Any) -> None:
-        super().__init__(manager, **options)
-        self._refused = refused
-        self._head_size = self._body_size = 0
+    def refuse(self, connection: ClientConnection, error: ProxyError, cause: str) -> None:
+        """Write the answer to what never became a request."""
+        ...
+
+
+class Successor(Protocol):
+    """Who takes a client's bytes once they are no requests any more."""
+
+    def data_received(self, data: bytes) -> None: ...
+
+
+class Guest(Protocol):
+    """Another protocol that answers on this connection, and has to know of its state."""
+
+    def connection_lost(self, exc: BaseException | None) -> None: ...
+
+    def pause_writing(self) -> None: ...
+
+    def resume_writing(self) -> None: ...
+
+
+class _Malformed(Exception):
+    """Raised inside a parser callback."""
+
+
+class _TooLarge(_Malformed):
+    """The head is larger than we take."""
+
+
+_BODY, _AHEAD = 1, 2  # why the client is not read: its body has no taker, or its turn has not come
+
+
+class ClientConnection(asyncio.Protocol):
+    """One client connection.
+
+    Attributes:
+        transport: None once it is lost.
+        peer: the client's address; "" over a Unix socket.
+        upstream: paused while the client's write buffer is full.
+        guest: told of that, and of the end, too.
+    """
+
+    __slots__ = (
+        "_behind",
+        "_broken",
+        "_closing",
+        "_fields",
+        "_framing_size",
+        "_headed",
+        "_keeps",
+        "_limit",
+        "_lingers",
+        "_parser",
+        "_paused",
+        "_queue",
+        "_receiving",
+        "_request",
+        "_server",
+        "_successor",
+        "_target",
+        "_task",
+        "bucket",
+        "guest",
+        "peer",
+        "transport",
+        "upstream",
+        "writing_paused",
+    )
+
+    def __init__(self, server: ClientServer) -> None:
+        self._server = server
+        self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
+        self._target = b""
+        self._fields: list[tuple[bytes, bytes]] = []
+        self._headed = False  # what comes from the parser now is a body, or trailers
+        self._framing_size = 0  # bytes since the last message, or of the wire for the body
+        self._receiving: Request | None = None  # whose body comes
+        self._request: Request | None = None  # that is being answered, or lingers
+        self._queue: deque[Request] = deque()  # read ahead
+        self._task: asyncio.Task[None] | None = None
+        self._broken: Exception | None = None  # nothing is parsed any more
+        self._behind: bytes | None = None  # came after a request for an upgrade
+        self._successor: Successor | None = None
+        self._paused = 0
+        self._lingers = self._keeps = self._closing = False
+        self._limit = inf
+        self.bucket: int | None = None
+        self.peer = ""
+        self.guest: Guest | None = None
+        self.transport: asyncio.Transport | None = None
         self.upstream: Flow | None = None
+        self.writing_paused = False
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        if self.upstream is not None:
-            self.upstream.pause_reading()
+    # -- asyncio.Protocol ------------------------------------------------------------------------
 
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self.upstream is not None:
-            self.upstream.resume_reading()
-
-    def resume_reading(self, resume_parser: bool = True) -> None:
-        # aiohttp asks for this at each read; to parse nothing again costs more than the read.
-        if self._reading_paused:
-            super().resume_reading(resume_parser)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+        peer = transport.get_extra_info("peername")
+        self.peer = str(peer[0]) if isinstance(peer, tuple) else ""
+        self._server.connections.add(self)
+        self._limit_to(self._server.head_timeout)
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if not self._messages:
-            if self.idle:
-                self._count_head(len(data))
-            elif self._current_request is not None:
-                self._count_body(self._current_request.content, len(data))
+        if self._successor is not None:
+            self._successor.data_received(data)
+        elif self._broken is not None or self._closing:
+            return  # heard out, not understood
+        elif self._behind is not None:
+            self._behind += data
+            self._pause(_AHEAD)
+        else:
+            self._parse(data)
+
+    def eof_received(self) -> None:
+        """A client that closes its half is gone: the transport closes."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        self._parser = None  # it holds this object
+        self._closing = True
+        self._server.connections.discard(self)
+        self._server.wheel.drop(self)
+        if self._receiving is not None:
+            self._receiving.upload.fail(ClientGone())
+        self._queue.clear()
+        if self._task is not None:
+            self._task.cancel()
+        if self.guest is not None:
+            self.guest.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self.writing_paused = True
+        if self.upstream is not None:
+            self.upstream.pause_reading()
+        if self.guest is not None:
+            self.guest.pause_writing()
+
+    def resume_writing(self) -> None:
+        self.writing_paused = False
+        if self.upstream is not None:
+            self.upstream.resume_reading()
+        if self.guest is not None:
+            self.guest.resume_writing()
+
+    # -- llhttp ----------------------------------------------------------------------------------
+
+    def _parse(self, data: bytes) -> None:
+        assert self._parser is not None
+        self._framing_size += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as exc:
+            self._behind = data[exc.args[0] :]
+        except httptools.HttpParserError as exc:
+            cause = exc.__context__
+            self._break(cause if isinstance(cause, _Malformed) else exc)
+        if self._framing_size > FRAMING_SPARE:
+            self._check_framing()
+        if self._request is None:
+            self._next()
+        elif self._lingers:
+            self._lingered()
+        if len(self._queue) > AHEAD_MOST:
+            self._pause(_AHEAD)
+
+    def _check_framing(self) -> None:
+        """Refuse an endless head, and a body that is nearly all framing (chunk extensions, say)."""
+        if self._receiving is None:
+            if self._framing_size > HEAD_CAP + LINE_CAP:
+                self._break(_TooLarge("the header section is too large"))
+        elif self._framing_size > FRAMING_SPARE + FRAMING_FACTOR * self._receiving.upload.received:
+            self._break(_Malformed("more framing than body"))
+
+    def _break(self, fault: Exception) -> None:
+        """Parse no further: what follows cannot be told apart any more."""
+        self._broken = fault
+        if self._receiving is not None:
+            self._receiving.upload.fail(BadRequest("the body's framing is malformed"))
+            self._receiving = None
+
+    def on_message_begin(self) -> None:
+        self._target = b""
+        self._fields = []
+        self._headed = False
+
+    def on_url(self, data: bytes) -> None:
+        self._target += data
+        if len(self._target) > LINE_CAP:
+            raise _TooLarge("the request line is too large")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._headed:
+            return  # a trailer; RFC 9110 6.5.1 lets a gateway drop it
+        self._fields.append((name, value.strip(b" \t")))
+        if len(name) + len(value) > LINE_CAP or len(self._fields) > FIELDS_CAP:
+            raise _TooLarge("the header section is too large")
+
+    def on_headers_complete(self) -> None:
+        parser = self._parser
+        assert parser is not None
+        self._headed = True
+        self._framing_size = 0
+        version = parser.get_http_version()
+        if version not in ("1.1", "1.0"):
+            raise _Malformed("unknown HTTP version")
+        request = Request(
+            parser.get_method(), self._target, tuple(self._fields), version == "1.1", Upload(self)
+        )
+        request.keep_alive = parser.should_keep_alive()
+        self._receiving = request
+        self._queue.append(request)
+
+    def on_body(self, data: bytes) -> None:
+        assert self._receiving is not None
+        self._receiving.upload.feed(data)
+
+    def on_message_complete(self) -> None:
+        if self._receiving is not None:
+            self._receiving.upload.end()
+            self._receiving = None
+        self._framing_size = 0
+
+    # -- one request after the other -------------------------------------------------------------
+
+    def _next(self) -> None:
+        """Begin to answer the next request, if there is one."""
+        if self._queue:
+            request = self._request = self._queue.popleft()
+            if self._paused and not self._queue and self._behind is None:
+                self._resume(_AHEAD)
+            coroutine = self._server.handler.begin(self, request)
+            if coroutine is not None:
+                self._task = self._server.loop.create_task(coroutine)
+        elif self._broken is not None:
+            self._refuse(self._broken)
+
+    def served(self, keep_alive: bool) -> None:
+        """The request has been answered; go on to the next, if the connection is kept."""
+        self._task = None
+        self.upstream = None
+        request = self._request
+        if request is None or self.transport is None or self._successor is not None:
+            self._close()
+        elif request.upload.ended:
+            self._let_go(keep_alive)
+        elif self._broken is not None:
+            self._hear_out()
+        else:  # the rest of its body has to pass before anything else
+            self._lingers, self._keeps = True, keep_alive
+            self._limit_to(LINGER)
+            request.upload.discard()
+
+    def _lingered(self) -> None:
+        if self._broken is not None:
+            self._request = None
+            self._hear_out()
+        elif self._request is not None and self._request.upload.ended:
+            self._let_go(self._keeps)
+
+    def _let_go(self, keep_alive: bool) -> None:
+        """Be done with a request that was answered, and whose body has passed."""
+        self._request = None
+        self._lingers = False
+        if not keep_alive or self._server.closing:
+            self._close()
             return
-        self._head_size = self._body_size = 0
-        last = self._messages[-1][0]
-        if isinstance(last, _ErrInfo) and self._current_request is not None:
-            payload = self._current_request.content
-            if not payload.is_eof() and payload.exception() is None:
-                payload.set_exception(RequestPayloadError(last.message))
+        self._limit_to(self._server.head_timeout)
+        if self._queue or self._behind is None:
+            self._next()
+            return
+        behind, self._behind = self._behind, None
+        self._resume(_AHEAD)
+        if behind:
+            self._parse(behind)
 
-    def close(self) -> None:
-        """Finish the request under way, if any, then close.
+    def _refuse(self, fault: Exception) -> None:
+        error = BadRequest("malformed HTTP request")
+        if isinstance(fault, _TooLarge):
+            self._server.handler.refuse(self, HeadTooLarge(str(fault)), type(fault).__name__)
+        else:
+            self._server.handler.refuse(self, error, str(fault) or type(fault).__name__)
+        self._hear_out()
 
-        aiohttp only wakes an idle connection; to drain, its transport has to go as well.
-        """
-        idle = self.idle
-        super().close()
-        if idle and self.transport is not None:
-            self.transport.close()
+    # -- the end ---------------------------------------------------------------------------------
 
-    def force_close(self) -> None:
-        transport = self.transport
-        super().force_close()
-        if transport is not None and transport.get_write_buffer_size():
-            self._loop.call_later(FLUSH_LIMIT, transport.abort)  # a client that takes nothing
+    def hand_over(self, successor: Successor) -> None:
+        """Give every byte from here on, and what came behind the request, to `successor`."""
+        self._successor = successor
+        behind, self._behind = self._behind, None
+        if behind:
+            successor.data_received(behind)
+        self._resume(_AHEAD)
 
     @property
     def idle(self) -> bool:
         """Whether it waits for a request."""
-        return self._waiter is not None and not self._waiter.done()
+        return self._request is None and not self._closing
 
-    def _count_head(self, size: int) -> None:
-        self._head_size += size
-        if self._head_size > HEAD_CAP + LINE_CAP and not self._close:
-            exc = LineTooLong(b"header section", HEAD_CAP)
-            self._messages.append((_ErrInfo(431, exc, exc.message), EMPTY_PAYLOAD))
-            if self._waiter is not None and not self._waiter.done():
-                self._waiter.set_result(None)
-            self._pause_transport_reading()
+    def close(self) -> None:
+        """Close it if it is idle; else it closes by itself, for its server is closing."""
+        if self.idle:
+            self._close()
 
-    def _count_body(self, payload: StreamReader, size: int) -> None:
-        """Refuse a body that is nearly all framing: an endless chunk extension, say."""
-        if payload.is_eof():
+    def cut(self) -> None:
+        """End the exchange under way."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+    def _close(self) -> None:
+        self._closing = True
+        if self.transport is not None:
+            self.transport.close()
+            if self.transport is not None and self.transport.get_write_buffer_size():
+                self._limit_to(FLUSH_LIMIT)  # a client may take nothing
+
+    def _hear_out(self) -> None:
+        """Send the end of our half, and wait for the client's."""
+        self._closing = True
+        transport = self.transport
+        if transport is None or transport.is_closing():
             return
-        self._body_size += size
-        if self._body_size > FRAMING_SPARE + FRAMING_FACTOR * payload.total_bytes:
-            self._body_size = 0
-            payload.set_exception(RequestPayloadError("more framing than body"))
-            self._pause_transport_reading()
+        self._resume(_BODY | _AHEAD)
+        self._limit_to(LINGER)
+        transport.write_eof()
 
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Answer what aiohttp could not parse, or a handler that failed; always closes."""
-        reason, text = "internal_error", "internal error"
-        if isinstance(exc, HttpProcessingError):
-            too_large = isinstance(exc, LineTooLong) or "Too many headers" in str(exc)
-            status = 431 if too_large else 400
-            reason = "request_header_too_large" if too_large else "invalid_request"
-            text = "header section too large" if too_large else "malformed HTTP request"
-        self._refused(status, reason if exc is None else f"{reason}: {type(exc).__name__}")
-        response = web.Response(
-            status=status,
-            body=error_body(Dialect.UNKNOWN, status, text, reason),
-            content_type="application/json",
-        )
-        response.force_close()
-        return response
+    # -- limits and flow -------------------------------------------------------------------------
+
+    def _limit_to(self, seconds: float) -> None:
+        self._limit = self._server.loop.time() + seconds
+        if self.bucket is None or self._limit < self.bucket * GRAIN:
+            self._server.wheel.add(self, self._limit)
+
+    def expire(self, now: float) -> float | None:
+        """The limit of a head, of a body that nobody takes, of a close. On the wheel for life."""
+        if self._request is not None and not (self._lingers or self._closing):
+            return now + self._server.head_timeout  # an exchange has limits of its own
+        if now < self._limit:
+            return self._limit
+        if self._closing:
+            self.abort()
+            return None
+        self._close()
+        return now + FLUSH_LIMIT
+
+    def pause_body(self) -> None:
+        self._pause(_BODY)
+
+    def resume_body(self) -> None:
+        self._resume(_BODY)
+
+    def _pause(self, why: int) -> None:
+        if not self._paused and self.transport is not None and not self.transport.is_closing():
+            self.transport.pause_reading()
+        self._paused |= why
+
+    def _resume(self, why: int) -> None:
+        if self._paused:
+            self._paused &= ~why
+            if not self._paused and self.transport is not None and not self.transport.is_closing():
+                self.transport.resume_reading()
 
 
-class BeaconServer(web.Server):
-    """aiohttp's low-level server over `ClientProtocol`."""
+class ClientServer:
+    """All client connections of this process.
+
+    Attributes:
+        closing: no connection is kept for another request.
+    """
 
     def __init__(
         self,
-        handler: Callable[[web.BaseRequest], Any],
-        refused: Refused,
+        handler: Handler,
+        loop: asyncio.AbstractEventLoop,
+        wheel: Wheel,
         *,
         head_timeout: float = HEAD_TIMEOUT,
     ) -> None:
-        super().__init__(handler, handler_cancellation=True)
-        self._refused = refused
-        self._head_timeout = head_timeout
+        self.handler = handler
+        self.loop = loop
+        self.wheel = wheel
+        self.head_timeout = head_timeout
+        self.closing = False
+        self.connections: set[ClientConnection] = set()
+
+    def __call__(self) -> ClientConnection:
+        return ClientConnection(self)
+
+    def close_idle(self) -> None:
+        """Close connections that wait for a request, and the others after their answer."""
+        self.closing = True
+        for connection in tuple(self.connections):
+            connection.close()
 
     def cut(self) -> None:
-        """Cancel every exchange. Ahead of `shutdown`, which closes the transports under them."""
-        for connection in self.connections:
-            task = connection._task_handler
-            if task is not None:
-                task.cancel()
+        """Cancel every exchange. Ahead of `abort`, so that each can end as what it is."""
+        for connection in tuple(self.connections):
+            connection.cut()
 
-    def pre_shutdown(self) -> None:
-        """Close idle connections. Not the others: aiohttp would drop what they still receive."""
-        for connection in self.connections:
-            if isinstance(connection, ClientProtocol) and connection.idle:
-                connection.close()
-
-    def __call__(self) -> ClientProtocol:
-        return ClientProtocol(
-            self,
-            self._refused,
-            loop=self._loop,
-            keepalive_timeout=self._head_timeout,
-            access_log=None,
-            auto_decompress=False,
-            max_line_size=LINE_CAP,
-            max_field_size=LINE_CAP,
-            max_headers=FIELDS_CAP,
-        )
+    def abort(self) -> None:
+        """Close every connection at once."""
+        for connection in tuple(self.connections):
+            connection.abort()
 
 
 class Tunnel:
-    """Takes the client's bytes after a 101, in the place of aiohttp's WebSocket reader."""
+    """Takes the client's bytes after a 101."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def feed_data(self, data: bytes) -> tuple[bool, bytes]:
+    def data_received(self, data: bytes) -> None:
         self._connection.write(data)
-        return False, b""
-
-    def feed_eof(self) -> None:
-        """The exchange is cancelled with its client; nothing is left to do here."""
-
-
-class Sent:
-    """What a handler returns once its answer has gone out by itself."""
-
-    __slots__ = ("keep_alive",)
-
-    def __init__(self, keep_alive: bool) -> None:
-        self.keep_alive = keep_alive
-
-    async def prepare(self, request: web.BaseRequest) -> None:
-        """Nothing is left to prepare."""
-
-    async def write_eof(self) -> None:
-        """Nothing is left to write."""
-
-
-def peer_of(protocol: RequestHandler) -> str:
-    """The client's address; "" once it is gone, or over a Unix socket."""
-    peer = protocol.peername
-    return str(peer[0]) if isinstance(peer, tuple) else ""

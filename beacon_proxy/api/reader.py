@@ -12,7 +12,6 @@ from ..contracts import Fault, Headers, Provider, Reading
 from ..routing.attempt import Attempt
 from ..wire.answer import Answer
 from ..wire.expect import is_event_stream
-from ..wire.headers import find
 from ..wire.relay import ClientSink
 
 ANSWER_CAP = 16 << 20  # bytes of a backend's answer, and of one event
@@ -51,7 +50,9 @@ class Reader:
         self._rest, self.problem, self.reading = b"", None, Reading()
         self._texts, self._size = [], 0
         good = (answer.status or 0) < 300
-        self._events = good and is_event_stream(find(answer.headers, b"content-type") or b"")
+        self._events = good and is_event_stream(
+            (answer.head.content_type if answer.head else None) or b""
+        )
 
     def write(self, data: bytes) -> None:
         self._size += len(data)

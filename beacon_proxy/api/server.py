@@ -1,4 +1,4 @@
-"""From aiohttp's request to an exchange, and from its end to the canonical line.
+"""From a client's request to an exchange, and from its end to the canonical line.
 
 The one place that turns errors into answers, and the one place that catches everything: whatever
 happens inside, an exchange ends as complete, as an explicit error, or with its client gone.
@@ -7,15 +7,15 @@ happens inside, an exchange ends as complete, as an explicit error, or with its 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from aiohttp import web
 from multidict import CIMultiDict
 
-from ..contracts import Clock, Dialect, End, Exchange
+from ..contracts import Clock, Dialect, End, Exchange, Headers
 from ..errors import BadRequest, HeadTooLarge, MethodNotAllowed, ProxyError
 from ..ops.telemetry import Telemetry
 from ..routing.attempt import Attempt
@@ -23,16 +23,19 @@ from ..routing.chooser import Run
 from ..routing.pipeline import Pipeline
 from ..wire.dialects import dialect_of, error_body
 from ..wire.expect import Framing
-from ..wire.headers import RequestHead, read_request_head, request_id
+from ..wire.headers import RequestHead, find, read_request_head, request_id
 from ..wire.relay import ClientSink
 from ..wire.request import Verbatim
 from ..wire.upload import ClientGone, Kept, Upload
 from .cors import Cors
 from .intake import is_json, look, path_of, read_hints, read_target, route_of
 from .naming import answered_by
-from .protocol import FIELDS_CAP, HEAD_CAP, ClientProtocol, Sent, Tunnel, peer_of
+from .own import OwnRoute, OwnRoutes
+from .protocol import HEAD_CAP, ClientConnection, Request, Tunnel
 
-OwnRoute = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+_JSON = (b"Content-Type", b"application/json")
+_SERVER = (b"Server", b"beacon-proxy")
+_OURS = frozenset({"CONNECT", "OPTIONS", "TRACE"})  # methods that the proxy may answer itself
 
 
 class State(Protocol):
@@ -60,37 +63,31 @@ class Translator(Protocol):
 class Downlink:
     """`pipeline.Client`: sends an attempt's answer to the client as it is."""
 
-    __slots__ = ("_exchange", "_protocol", "_transport", "sink", "upload")
+    __slots__ = ("_connection", "_exchange", "sink", "upload")
 
-    def __init__(
-        self,
-        exchange: Exchange,
-        protocol: ClientProtocol,
-        transport: asyncio.Transport,
-        sink: ClientSink,
-        upload: Upload,
-    ) -> None:
+    def __init__(self, exchange: Exchange, connection: ClientConnection, sink: ClientSink) -> None:
         self._exchange = exchange
-        self.upload = upload
-        self._protocol = protocol
-        self._transport = transport
+        self._connection = connection
         self.sink = sink
+        self.upload: Upload | None = None
 
     def commit(self, attempt: Attempt, attempts: int) -> None:
-        answer = attempt.answer
+        answer, backend, upload = attempt.answer, attempt.backend, self.upload
         assert answer is not None
         if attempt.upload_runs:
             self.sink.keep_alive = False  # the rest of the body would be taken for a request
         else:
             self._exchange.body = None  # a stream may last for minutes
-            self.upload.forget()
-        self._exchange.answered = attempt.backend
-        answer.commit(self.sink, answered_by(attempt.backend, attempts))
+            if upload is not None:
+                upload.forget()
+        self._exchange.answered = backend
+        answer.commit(
+            self.sink, answered_by(backend.name, backend.provider, backend.region, attempts)
+        )
         if not answer.ended:
             self.sink.flow_from(attempt.flow)  # after the commit: it may have filled the buffer
-        if answer.framing is Framing.TUNNEL:
-            connection = attempt.tunnel(self._transport)
-            self._protocol.set_parser(cast(Any, Tunnel(connection)))
+        if answer.framing is Framing.TUNNEL and self._connection.transport is not None:
+            self._connection.hand_over(Tunnel(attempt.tunnel(self._connection.transport)))
 
 
 class Api:
@@ -106,6 +103,7 @@ class Api:
         cors: Cors,
         state: State,
         clock: Clock,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._pipeline = pipeline
         self._telemetry = telemetry
@@ -116,17 +114,30 @@ class Api:
         self._cors = cors
         self._state = state
         self._clock = clock
+        self._own_routes = OwnRoutes(self._answer_own, loop)
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer one request."""
-        path = path_of(request.raw_path)
-        own = self._own.get(path)
-        if own is not None:
-            return await self._handle_own(own, request)
-        sent = await self._exchange(request, path)
-        return cast(web.StreamResponse, sent)
+    def begin(
+        self, connection: ClientConnection, request: Request
+    ) -> Coroutine[Any, Any, None] | None:
+        """See `protocol.Handler`."""
+        path = path_of(request.target)
+        if path in self._own:
+            self._own_routes.begin(connection, request)
+            return None
+        return self._answer(connection, request, path)
 
-    async def _handle_own(self, own: OwnRoute, request: web.BaseRequest) -> web.StreamResponse:
+    def refuse(self, connection: ClientConnection, error: ProxyError, cause: str) -> None:
+        """See `protocol.Handler`."""
+        self._telemetry.notify(
+            "request.refused", status=error.status, reason=f"{error.reason}: {cause}"
+        )
+        if connection.transport is not None:
+            sink = ClientSink(connection, connection.transport, "GET", True, False)
+            body = error_body(Dialect.UNKNOWN, error.status, error.message, error.reason)
+            sink.send_own(error.status, (_JSON, _SERVER), body)
+
+    async def _answer_own(self, request: web.BaseRequest) -> web.StreamResponse:
+        own = self._own[path_of(request.raw_path.encode("utf-8", "surrogateescape"))]
         origin = request.headers.get("Origin")
         upgrade = request.headers.get("Upgrade")
         if upgrade and not self._cors.may_listen(origin, request.headers.get("Host", "")):
@@ -145,40 +156,35 @@ class Api:
                 response.force_close()
         return response
 
-    async def _exchange(self, request: web.BaseRequest, path: str) -> Sent:
-        protocol = cast(ClientProtocol, request.protocol)
-        transport = request.transport
+    async def _answer(self, connection: ClientConnection, request: Request, path: str) -> None:
+        """Take one request to its end; nothing is raised but CancelledError."""
+        transport = connection.transport
         if transport is None:
-            raise ConnectionResetError("the client left")
+            return
+        method = request.method.decode("ascii")
         exchange = Exchange(
-            id="",
-            method=request.method,
-            target=b"",
-            path=path,
-            headers=request.raw_headers,
-            started=self._clock(),
-            client=peer_of(protocol),
-            dialect=dialect_of(path),
+            "",
+            method,
+            request.target,
+            path,
+            request.headers,
+            self._clock(),
+            connection.peer,
+            dialect_of(path),
         )
-        http11 = request.version >= (1, 1)
-        sink = ClientSink(
-            protocol,
-            transport,
-            method=request.method,
-            http11=http11,
-            keep_alive=request.keep_alive and not self._state.draining,
-        )
+        keep_alive = request.keep_alive and not self._state.draining
+        sink = ClientSink(connection, transport, method, request.http11, keep_alive)
         run = Run()
+        client = Downlink(exchange, connection, sink)
         reason: str | None = None  # where the end itself does not say it
-        upload: Upload | None = None
         try:
-            head = self._read_head(exchange, sink, request, http11)
-            if self._answer_itself(exchange, head, sink, request):
+            head = self._read_head(exchange, sink, request)
+            if method in _OURS and self._answer_itself(exchange, head, sink):
                 run.end = End.COMPLETE
             else:
-                upload = self._upload(exchange, head, request, transport)
-                client = Downlink(exchange, protocol, transport, sink, upload)
-                await self._run(exchange, head, client, run)
+                client.upload = upload = request.upload
+                self._open(upload, head, request, transport)
+                await self._run(exchange, head, upload, client, run)
         except ProxyError as exc:
             reason = exc.reason
             run.end = End.ERROR
@@ -195,12 +201,11 @@ class Api:
             self._telemetry.notify("server.failed", id=exchange.id, error=repr(exc)[:500])
             self._refuse(exchange, sink, ProxyError("internal error"))
         finally:
-            self._tell(exchange, sink, run, reason, upload)
-            if upload is not None:
-                upload.forget()
+            self._tell(exchange, sink, run, reason, request.upload)
+            request.upload.forget()
             if sink.broken:
                 sink.close()
-        return Sent(sink.keep_alive)
+            connection.served(sink.keep_alive)
 
     def _cut(self, sink: ClientSink, run: Run) -> str | None:
         """Tell why an exchange was cancelled: its client left, or this process stops."""
@@ -214,41 +219,38 @@ class Api:
             sink.fail(None)
         return "draining"
 
-    def _read_head(
-        self, exchange: Exchange, sink: ClientSink, request: web.BaseRequest, http11: bool
-    ) -> RequestHead:
-        head, fault = RequestHead(), None
-        headers = exchange.headers
+    def _read_head(self, exchange: Exchange, sink: ClientSink, request: Request) -> RequestHead:
+        headers, http11 = request.headers, request.http11
+        head, fault = None, None
         try:
-            if len(headers) > FIELDS_CAP or sum([len(n) + len(v) for n, v in headers]) > HEAD_CAP:
+            if sum([len(n) + len(v) for n, v in headers]) > HEAD_CAP:
                 raise HeadTooLarge("the header section is too large")
             head = read_request_head(headers, http11)
         except ProxyError as exc:
             fault = exc
         # First of all the id, so that a refusal carries it too.
-        exchange.id = request_id(head)
-        origin = request.headers.get("Origin") if self._cors else None
-        sink.extra = b"X-Request-Id: " + exchange.id.encode("ascii") + b"\r\n"
-        sink.own_fields(self._cors.fields(origin))
-        if fault is not None:
-            raise fault
-        exchange.target = read_target(request.method, request.raw_path, head)
-        read_hints(exchange, head)
+        exchange.id = request_id(head.rebuilt.get(b"x-request-id") if head is not None else None)
+        sink.extra = b"X-Request-Id: %b\r\n" % exchange.id.encode("ascii")
+        if self._cors:
+            sink.own_fields(self._cors.fields(_origin(headers)))
+        if head is None:
+            raise fault or BadRequest("malformed HTTP request")
+        exchange.target = read_target(exchange.method, request.target, head)
+        if head.hints:
+            read_hints(exchange, head)
         return head
 
-    def _answer_itself(
-        self, exchange: Exchange, head: RequestHead, sink: ClientSink, request: web.BaseRequest
-    ) -> bool:
+    def _answer_itself(self, exchange: Exchange, head: RequestHead, sink: ClientSink) -> bool:
         """CONNECT, TRACE, a spent Max-Forwards (RFC 9110 7.6.2), CORS preflights."""
         method = exchange.method
-        if method in ("CONNECT", "TRACE"):
+        if method != "OPTIONS":
             sink.keep_alive = False
             raise MethodNotAllowed(f"{method} is not offered")
-        if method != "OPTIONS":
-            return False
-        if self._cors.preflight(method, request.headers):
-            sink.send_own(204, (), b"")
-            return True
+        if self._cors:
+            asked = find(exchange.headers, b"access-control-request-method")
+            if asked is not None and self._cors.allows(_origin(exchange.headers)):
+                sink.send_own(204, (), b"")
+                return True
         hops = head.rebuilt.get(b"max-forwards")
         if hops is not None and not hops.isdigit():
             raise BadRequest("Max-Forwards must be a number")
@@ -259,26 +261,23 @@ class Api:
             head.rebuilt[b"max-forwards"] = b"%d" % (int(hops[:9]) - 1)
         return False
 
-    def _upload(
-        self,
-        exchange: Exchange,
-        head: RequestHead,
-        request: web.BaseRequest,
-        transport: asyncio.Transport,
-    ) -> Upload:
-        expects = head.rebuilt.get(b"expect", b"").lower() == b"100-continue"
-        return Upload(
-            request.content,
+    def _open(
+        self, upload: Upload, head: RequestHead, request: Request, transport: asyncio.Transport
+    ) -> None:
+        expects = head.rebuilt.get(b"expect")
+        asked = expects is not None and expects.lower() == b"100-continue" and request.http11
+        upload.open(
             length=head.length,
             chunked=head.chunked,
             limit=self._limits.max_body_size,
             kept=self._kept,
             idle=self._limits.idle,
-            ask=transport if expects and request.version >= (1, 1) else None,
+            ask=transport if asked else None,
         )
 
-    async def _run(self, exchange: Exchange, head: RequestHead, client: Downlink, run: Run) -> None:
-        upload = client.upload
+    async def _run(
+        self, exchange: Exchange, head: RequestHead, upload: Upload, client: Downlink, run: Run
+    ) -> None:
         translator = self._translated.get(exchange.path)
         if translator is not None:
             if exchange.method != "POST":
@@ -287,9 +286,10 @@ class Api:
             return
         route = route_of(exchange.method, exchange.path)
         exchange.inference = route is not None
-        json = upload.framed and is_json(head)
+        json = upload.framed and is_json(head.content_type)
         if route is not None:
-            await upload.fill()
+            if not upload.complete:
+                await upload.fill()
             json = json or upload.start.lstrip()[:1] == b"{"  # curl -d says it is a form
         exchange.body = upload.body if upload.framed else None
         if json:
@@ -302,7 +302,7 @@ class Api:
             if not sink.finished:
                 sink.fail(None)
             return
-        fields: list[tuple[bytes, bytes]] = [(b"Content-Type", b"application/json")]
+        fields: list[tuple[bytes, bytes]] = [_JSON]
         if exc.retry_after is not None:
             fields.append((b"Retry-After", b"%d" % max(1, ceil(exc.retry_after))))
         if exc.status in (400, 408, 413, 431):
@@ -320,7 +320,7 @@ class Api:
         sink: ClientSink,
         run: Run,
         reason: str | None,
-        upload: Upload | None,
+        upload: Upload,
     ) -> None:
         attempts = exchange.attempts
         last = attempts[-1] if attempts else None
@@ -336,9 +336,14 @@ class Api:
             end,
             status=sink.status,
             reason=reason,
-            bytes_in=upload.size if upload is not None else 0,
+            bytes_in=upload.size,
             bytes_out=sink.bytes_out,
             ttft=ttft,
             duration=now - exchange.started,
             queued=run.queued + run.waited,
         )
+
+
+def _origin(headers: Headers) -> str | None:
+    origin = find(headers, b"origin")
+    return None if origin is None else origin.decode("latin-1")

@@ -19,7 +19,7 @@ from ..wire.wheel import Wheel
 from .judge import Judgement, of_fault
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Wire:
     """What an attempt needs of the wire; one a process."""
 
@@ -37,6 +37,23 @@ class Attempt:
         last: the judgement of it.
     """
 
+    __slots__ = (
+        "_connection",
+        "_exchange",
+        "_provider",
+        "_upload_of",
+        "_uploading",
+        "_wire",
+        "answer",
+        "backend",
+        "candidate",
+        "error",
+        "last",
+        "number",
+        "sent",
+        "started",
+    )
+
     def __init__(
         self, wire: Wire, exchange: Exchange, candidate: Candidate, provider: Provider
     ) -> None:
@@ -47,16 +64,13 @@ class Attempt:
         self._uploading: asyncio.Task[None] | None = None
         self._upload_of: Upload | None = None
         self.candidate = candidate
+        self.backend: Backend = candidate.backend
         self.answer: Answer | None = None
         self.error: ProxyError | None = None
-        self.last = Judgement(Verdict.NEUTRAL)
+        self.last = _NOTHING_YET
         self.sent = False
         self.number = len(exchange.attempts) + 1
         self.started = monotonic()
-
-    @property
-    def backend(self) -> Backend:
-        return self.candidate.backend
 
     async def open(self, source: Source, *, lone: bool) -> None:
         """Return when the answer can be judged, or `error` says why there is none.
@@ -81,7 +95,9 @@ class Attempt:
                 except UpstreamError as exc:
                     self.error = exc
                     return
-            answer = await self._send(connection, outgoing, source, lone)
+            answer = self._send(connection, outgoing, source, lone)
+            if not answer.decided:
+                await answer.wait_decided()
             stale = answer.fault in (Fault.CLOSED, Fault.RESET) and not connection.answered
             if fresh or not stale or not _can_repeat(source.upload):
                 return
@@ -105,35 +121,36 @@ class Attempt:
         except TimeoutError as exc:
             raise UpstreamError(Fault.DEADLINE, Stage.CONNECT, "the deadline ran out") from exc
 
-    async def _send(
+    def _send(
         self, connection: Connection, outgoing: Outgoing, source: Source, lone: bool
     ) -> Answer:
         exchange, upload = self._exchange, source.upload
         expect = Expectation(
             self.backend.timeouts,
-            shape=outgoing.shape,
-            inference=exchange.inference,
-            stream=outgoing.stream,
-            head_only=exchange.method == "HEAD",
-            upgrade=source.upgrade,
-            deadline=self._exchange.ends_on(self.backend),
-            answer_by=self._answer_by(lone),
-            lone=lone,
+            outgoing.shape,
+            exchange.inference,
+            outgoing.stream,
+            exchange.method == "HEAD",
+            source.upgrade,
+            exchange.ends_on(self.backend),
+            self._answer_by(lone) if exchange.deadline_is_ours else inf,
+            lone,
         )
         self._connection = connection
-        self.answer = answer = Answer(self._wire.loop, self._wire.wheel, expect)
+        self.answer = answer = Answer(self._wire.loop, expect)
         self.sent = True
         body = outgoing.body
         connection.start(answer, sending=body is None)
         if body is not None:
-            connection.write(outgoing.head + _framed(upload, body))
+            if upload is not None and upload.chunked:
+                body = _framed(body)
+            connection.write(outgoing.head + body)
         else:
             assert upload is not None
             connection.write(outgoing.head)
             self._uploading = asyncio.create_task(
                 self._upload(connection, upload, answer), name=f"upload {exchange.id}"
             )
-        await answer.wait_decided()
         return answer
 
     async def _upload(self, connection: Connection, upload: Upload, answer: Answer) -> None:
@@ -189,8 +206,9 @@ class Attempt:
 
     def close(self) -> None:
         """Give up what still runs: the upload, the answer and the connection under it."""
-        self._stop_upload()
-        if self.answer is not None:
+        if self._uploading is not None:
+            self._stop_upload()
+        if self.answer is not None and not self.answer.ended:
             self.answer.abandon()
 
     def outcome(self, judgement: Judgement, *, cancelled: bool) -> Outcome:
@@ -212,23 +230,24 @@ class Attempt:
         if answer is not None and usage is None and answer.watch is not None:
             usage = answer.watch.usage()
         ttft = answer.first_content - self.started if answer and answer.first_content else None
+        committed = answer is not None and answer.committed
         return Outcome(
             self.backend,
             self.number,
             verdict,
             answer.stage if answer is not None else Stage.CONNECT,
-            fault=fault,
-            status=answer.status if answer is not None else None,
-            retry_after=judgement.retry_after,
-            sent=self.sent,
-            committed=answer is not None and answer.committed,
-            repeatable=not cancelled and self._repeatable(judgement),
-            started=self.started,
-            ttft=ttft,
-            duration=now - self.started,
-            bytes_in=answer.size if answer is not None else 0,
-            usage=usage,
-            detail=detail,
+            fault,
+            answer.status if answer is not None else None,
+            judgement.retry_after,
+            self.sent,
+            committed,
+            not (cancelled or committed) and self._repeatable(judgement),
+            self.started,
+            ttft,
+            now - self.started,
+            answer.size if answer is not None else 0,
+            usage,
+            detail,
         )
 
     def _waited_out(self, now: float) -> bool:
@@ -241,7 +260,7 @@ class Attempt:
 
     def _repeatable(self, judgement: Judgement) -> bool:
         """Nothing sent: always. Sent: where the route has no side effect, or RFC 9110 9.2.2."""
-        if (self.answer is not None and self.answer.committed) or not _can_repeat(self._upload_of):
+        if not _can_repeat(self._upload_of):
             return False
         exchange = self._exchange
         if not judgement.elsewhere or not self.sent:
@@ -253,10 +272,12 @@ class Attempt:
         return exchange.may_repeat
 
 
-def _framed(upload: Upload | None, body: bytes) -> bytes:
-    if upload is None or not upload.chunked:
-        return body
+def _framed(body: bytes) -> bytes:
+    """A whole body as one chunk and the last."""
     return b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if body else b"0\r\n\r\n"
+
+
+_NOTHING_YET = Judgement(Verdict.NEUTRAL)
 
 
 def _can_repeat(upload: Upload | None) -> bool:

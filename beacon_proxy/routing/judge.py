@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from time import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -20,7 +19,7 @@ from ..contracts import Backend, Candidate, Exchange, Fault, Provider, Usage, Ve
 from ..wire.answer import Answer
 from ..wire.expect import HOLD_CAP, Framing
 from ..wire.headers import find
-from ..wire.watch import usage_in
+from ..wire.watch import usage_in, usage_of
 
 _VERDICTS = {
     Fault.BUSY: Verdict.BUSY,
@@ -36,8 +35,7 @@ _BUSY_STATUSES = (429, 503, 529)
 _BUSY_WORDS = ("overloaded", "rate_limit", "unavailable", "busy")
 
 
-@dataclass(frozen=True, slots=True)
-class Judgement:
+class Judgement(NamedTuple):
     """The reading of one answer, as far as it was held."""
 
     verdict: Verdict
@@ -47,6 +45,9 @@ class Judgement:
     detail: str = ""
     elsewhere: bool = False  # another backend may do better with the same request
     lacks_model: bool = False  # it said so, of a model it was only assumed to serve
+
+
+_GOOD = Judgement(Verdict.GOOD)
 
 
 def of_fault(fault: Fault, detail: str = "") -> Judgement:
@@ -63,7 +64,7 @@ def judge(
         return of_fault(answer.fault, answer.detail)
     backend, status = candidate.backend, answer.status or 0
     if answer.framing is Framing.TUNNEL:
-        return Judgement(Verdict.GOOD)
+        return _GOOD
     if status >= 300 or exchange.inference:
         fault = provider.judge(backend, status, answer.headers, answer.body())
         if fault is not None:
@@ -75,7 +76,7 @@ def judge(
             return Judgement(Verdict.CALLER, Fault.STATUS, elsewhere=True, lacks_model=True)
         return _judge_status(answer, status)
     if not exchange.inference or status >= 300 or not answer.readable:
-        return Judgement(Verdict.GOOD)
+        return _GOOD
     if answer.watch is not None:
         return _judge_stream(answer)
     judgement = _judge_document(answer)
@@ -86,7 +87,7 @@ def judge(
 
 def _lacks_model(answer: Answer) -> bool:
     try:
-        body = _decoded(answer.body(), find(answer.headers, b"content-encoding"))
+        body = _decoded(answer.body(), _coding(answer))
     except zlib.error:
         return False
     return body is not None and _NO_MODEL.search(body) is not None
@@ -111,30 +112,33 @@ def _judge_stream(answer: Answer) -> Judgement:
         )
     if answer.complete and not watch.whole:
         return Judgement(Verdict.STRIKE, Fault.TRUNCATED, detail="no end marker", elsewhere=True)
-    return Judgement(Verdict.GOOD)
+    return _GOOD
 
 
 def _judge_document(answer: Answer) -> Judgement:
     if not answer.complete:
-        return Judgement(Verdict.GOOD)  # above the cap, or passed on because nobody else stands by
+        return _GOOD  # above the cap, or passed on because nobody else stands by
     held = answer.body()
     try:
-        body = _decoded(held, find(answer.headers, b"content-encoding"))
+        body = _decoded(held, _coding(answer))
     except zlib.error:
         return Judgement(
             Verdict.STRIKE, Fault.TRUNCATED, detail="the compressed body is broken", elsewhere=True
         )
     if body is None:
-        return Judgement(Verdict.GOOD)
-    if not body.strip():
-        return Judgement(Verdict.STRIKE, Fault.EMPTY, detail="a 200 without a body", elsewhere=True)
+        return _GOOD
     try:
         document = _loads(body)
     except ValueError:
+        if not body.strip():
+            detail = "a 200 without a body"
+            return Judgement(Verdict.STRIKE, Fault.EMPTY, detail=detail, elsewhere=True)
         return Judgement(Verdict.STRIKE, Fault.NOT_JSON, detail="a 200 not JSON", elsewhere=True)
-    if isinstance(document, dict) and document.get("error"):
+    if not isinstance(document, dict):
+        return _GOOD
+    if document.get("error"):
         return _judge_error(body)
-    return Judgement(Verdict.GOOD, usage=usage_in(body[-4096:]))
+    return Judgement(Verdict.GOOD, usage=usage_of(document) or usage_in(body[-4096:]))
 
 
 def _judge_reading(backend: Backend, provider: Provider, body: bytes) -> Judgement | None:
@@ -150,6 +154,10 @@ def _judge_reading(backend: Backend, provider: Provider, body: bytes) -> Judgeme
     if not (reading.text or reading.done or reading.usage):
         return Judgement(Verdict.STRIKE, Fault.EMPTY, detail="says nothing known", elsewhere=True)
     return None
+
+
+def _coding(answer: Answer) -> bytes | None:
+    return answer.head.coding if answer.head is not None else None
 
 
 def _decoded(body: bytes, coding: bytes | None) -> bytes | None:

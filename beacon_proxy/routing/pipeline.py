@@ -7,7 +7,8 @@ raised for the client, or the client left and `CancelledError` passes through.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..contracts import (
@@ -57,7 +58,7 @@ class Course:
     client: Client
     run: Run
     model: str | None  # canonical
-    tried: set[str] = field(default_factory=set)
+    tried: Collection[str] = ()  # names of backends
 
 
 class Pipeline:
@@ -96,19 +97,21 @@ class Pipeline:
         fallback: Attempt | None = None  # the last whole answer, were it an error, of a backend
         while True:
             try:
-                choice = await self._chooser.choose(
-                    course.exchange,
-                    course.model,
-                    course.tried,
-                    course.run,
-                    patient=fallback is None,
-                )
+                choice = self._chooser.try_now(course.exchange, course.model, course.tried)
+                if choice is None:
+                    choice = await self._chooser.choose(
+                        course.exchange,
+                        course.model,
+                        course.tried,
+                        course.run,
+                        patient=fallback is None,
+                    )
             except ProxyError:
                 if fallback is None or attempt is None:
                     raise
                 self._conclude(course, attempt, fallback)
                 return
-            course.tried.add(choice.candidate.backend.name)
+            course.tried = {*course.tried, choice.candidate.backend.name}
             attempt = Attempt(self._wire, course.exchange, choice.candidate, choice.provider)
             delay = await self._try(course, choice, attempt)
             if delay is None:
@@ -144,7 +147,8 @@ class Pipeline:
             if delay is None and _relayable(attempt.answer, judgement):
                 course.client.commit(attempt, attempt.number)
                 assert attempt.answer is not None
-                await attempt.answer.wait_ended()
+                if not attempt.answer.ended:
+                    await attempt.answer.wait_ended()
             cancelled = False
             return delay
         finally:

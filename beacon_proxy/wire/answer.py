@@ -19,8 +19,8 @@ from typing import Protocol
 from ..contracts import Fault, Headers, Stage
 from .dialects import error_event
 from .expect import GRACE, HOLD_CAP, Expectation, Framing, Hold
+from .headers import AnswerHead
 from .watch import Watch
-from .wheel import Wheel
 
 
 class Sink(Protocol):
@@ -56,6 +56,10 @@ class Flow(Protocol):
 
     def abort(self) -> None: ...
 
+    def ask_by(self, when: float) -> None:
+        """Call `expire` at `when` (monotonic s) at the latest, as well as every few seconds."""
+        ...
+
     @property
     def reading_paused(self) -> bool: ...
 
@@ -69,8 +73,6 @@ class Answer:
         "_loop",
         "_sink",
         "_waiter",
-        "_wheel",
-        "bucket",
         "complete",
         "decided",
         "detail",
@@ -79,12 +81,11 @@ class Answer:
         "fault",
         "first_content",
         "framing",
+        "head",
         "head_at",
-        "headers",
         "held",
         "held_size",
         "last",
-        "reason",
         "sending",
         "sent_at",
         "size",
@@ -95,19 +96,16 @@ class Answer:
         "watch",
     )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, wheel: Wheel, expect: Expectation) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, expect: Expectation) -> None:
         self._loop = loop
-        self._wheel = wheel
         self._flow: Flow | None = None
         self._sink: Sink | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._hold = Hold.BYTE
-        self.bucket: int | None = None
         self.expect = expect
         self.stage = Stage.SEND
         self.status: int | None = None
-        self.reason = b""
-        self.headers: Headers = ()
+        self.head: AnswerHead | None = None
         self.trailers: Headers = ()
         self.framing = Framing.NONE
         self.held: list[bytes] = []
@@ -118,7 +116,7 @@ class Answer:
         self.sending = False
         self.fault: Fault | None = None
         self.detail = ""
-        self.started = self.sent_at = self.last = monotonic()
+        self.started = self.sent_at = self.last = 0.0
         self.head_at: float | None = None
         self.first_content: float | None = None
 
@@ -138,27 +136,27 @@ class Answer:
         self.sent_at = monotonic()
         if self.stage is Stage.SEND:
             self.stage = Stage.HEAD
-        if not self.ended:
-            self._arm()
+        self._arm()
 
     def _arm(self) -> None:
-        limit = self._limit()
-        if limit < inf:
-            self._wheel.add(self, limit)
+        """See that the next limit is kept. They are far off, so the usual round comes in time."""
+        if self._flow is not None:
+            self._flow.ask_by(self._limit())
 
-    def on_head(
-        self, status: int, reason: bytes, headers: Headers, framing: Framing, length: int | None
-    ) -> None:
-        self.status, self.reason, self.headers = status, reason, headers
+    def on_head(self, head: AnswerHead, framing: Framing) -> None:
+        self.status, self.head = head.status, head
         self.framing = framing
         self.stage = Stage.CONTENT
         self.head_at = self.last = monotonic()
         if framing is Framing.TUNNEL:
             self._decide()
             return
-        self._hold = self.expect.hold(status, headers, length)
+        self._hold = self.expect.hold(head)
         if self._hold is Hold.CONTENT:
             self.watch = Watch(self.expect.shape)
+
+    def on_read(self) -> None:
+        """All of one read has been told, and the answer is still held."""
         self._arm()
 
     def touch(self) -> None:
@@ -222,13 +220,15 @@ class Answer:
 
     async def wait_decided(self) -> None:
         """Return when the answer can be judged: enough was seen, or it ended."""
-        if not (self.decided or self.ended):
-            await self._wait()
+        while not self.decided:
+            self._waiter = self._loop.create_future()
+            await self._waiter
 
     async def wait_ended(self) -> None:
         """Return when nothing more will come."""
-        if not self.ended:
-            await self._wait()
+        while not self.ended:
+            self._waiter = self._loop.create_future()
+            await self._waiter
 
     def commit(self, sink: Sink, added: bytes) -> None:
         """Send what is held, then every piece as it comes."""
@@ -263,6 +263,11 @@ class Answer:
         if not self.ended and self._flow is not None:
             self._flow.abort()
         self._end()
+
+    @property
+    def headers(self) -> Headers:
+        """The header section, as it came."""
+        return self.head.headers if self.head is not None else ()
 
     @property
     def committed(self) -> bool:
@@ -314,13 +319,13 @@ class Answer:
             return limit
         return min(limit, _after(self.last, times.idle))
 
-    def expire(self, now: float) -> float | None:
-        """Called by the wheel."""
+    def expire(self, now: float) -> float:
+        """Act on a limit that has passed. Returns when to be asked again; inf: never."""
         if self.ended:
-            return None
+            return inf
         limit = self._limit()
         if now < limit:
-            return limit if limit < inf else None
+            return limit
         if self._client_is_slow() and now < self.expect.deadline:
             self.last = now  # the client is slow, not gone: what it was sent still drains
             return self._limit()
@@ -329,7 +334,7 @@ class Answer:
             self._decide()
             return self._limit()
         self._run_out(now)
-        return None
+        return inf
 
     def _client_is_slow(self) -> bool:
         """Whether all that is waited for is a client that still takes what it was sent."""
@@ -355,13 +360,6 @@ class Answer:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    async def _wait(self) -> None:
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -372,7 +370,6 @@ class Answer:
 
     def _end(self) -> None:
         self.ended = self.decided = True
-        self._wheel.drop(self)
         self._flow = None
         self._wake()
 

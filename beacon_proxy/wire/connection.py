@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from math import inf
 from typing import cast
 
 import httptools
 
-from ..contracts import Fault, Headers
+from ..contracts import Fault
 from .answer import Answer
 from .expect import Framing
-from .headers import find
+from .headers import AnswerHead, find
+from .wheel import GRAIN, Wheel
 
+ROUND = 2.0  # s between two looks at the limits of a connection
 HEAD_CAP = 128 << 10  # bytes
 FIELDS_CAP = 500
 
@@ -35,28 +38,61 @@ class Connection(asyncio.Protocol):
         uploaded: the current request has been sent whole; written by who sends it.
     """
 
+    __slots__ = (
+        "_answer",
+        "_done",
+        "_drained",
+        "_excess",
+        "_fields",
+        "_framing",
+        "_framing_size",
+        "_headed",
+        "_interim",
+        "_keep",
+        "_loop",
+        "_parser",
+        "_pieces",
+        "_reason",
+        "_release",
+        "_tunnel",
+        "_wheel",
+        "_writing_paused",
+        "answered",
+        "bucket",
+        "closing",
+        "idle_until",
+        "reading_paused",
+        "reused",
+        "transport",
+        "uploaded",
+    )
+
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, release: Callable[[Connection], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        wheel: Wheel,
+        release: Callable[[Connection], None],
     ) -> None:
         self._loop = loop
+        self._wheel = wheel
         self._release = release
         self.transport: asyncio.Transport | None = None
         self.closing = False
         self.reused = self.answered = self.uploaded = False
         self.reading_paused = False
         self.bucket: int | None = None
-        self.idle_until = 0.0
+        self.idle_until = inf
         self._answer: Answer | None = None
         self._tunnel: asyncio.Transport | None = None
         self._drained: asyncio.Future[None] | None = None
         self._writing_paused = False
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
+        self._pieces: list[bytes] = []
         self._reset_message()
 
     def _reset_message(self) -> None:
         self._fields: list[tuple[bytes, bytes]] = []
         self._reason = b""
-        self._pieces: list[bytes] = []
         self._framing_size = 0  # bytes since the last of the body
         self._headed = self._done = self._keep = self._excess = self._interim = False
         self._framing = Framing.NONE
@@ -108,29 +144,38 @@ class Connection(asyncio.Protocol):
             if self.transport is not None and not self.closing:
                 self.transport.resume_reading()
 
+    def ask_by(self, when: float) -> None:
+        if self.bucket is None or when < self.bucket * GRAIN:
+            self._wheel.add(self, when)
+
     def expire(self, now: float) -> float | None:
-        """The idle limit, on the wheel while the connection lies in the pool."""
-        if now < self.idle_until:
-            return self.idle_until
-        self.abort()
-        return None
+        """The limits of the answer, or of lying idle. On the wheel for life."""
+        if self._answer is not None:
+            again = self._answer.expire(now)
+        else:
+            again = self.idle_until
+            if now >= again:
+                self.abort()
+        return None if self.closing else min(again, now + ROUND)
 
     # -- asyncio.Protocol ------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+        self._wheel.add(self, self._loop.time() + ROUND)
 
     def data_received(self, data: bytes) -> None:
-        if self._answer is None or self._parser is None:
+        answer, parser = self._answer, self._parser
+        if answer is None or parser is None:
             self.abort()  # bytes that nobody asked for
             return
         if self._framing is Framing.TUNNEL:
-            self._answer.on_piece(data)
+            answer.on_piece(data)
             return
         self.answered = True
         self._framing_size += len(data)
         try:
-            self._parser.feed_data(data)
+            parser.feed_data(data)
         except httptools.HttpParserUpgrade as exc:
             if rest := data[exc.args[0] :]:
                 self._pieces.append(rest)
@@ -143,9 +188,15 @@ class Connection(asyncio.Protocol):
         if self._framing_size > HEAD_CAP:
             self._broken("the answer's head, trailers or chunk extensions are too large")
             return
-        self._flush()
+        pieces = self._pieces
+        if pieces:
+            piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            pieces.clear()
+            answer.on_piece(piece)
         if self._done:
             self._finish()
+        elif not answer.decided:
+            answer.on_read()
 
     def eof_received(self) -> None:
         if self._tunnel is None and self._answer is not None:
@@ -159,6 +210,7 @@ class Connection(asyncio.Protocol):
         self.closing = True
         self.transport = None
         self._parser = None  # it holds this object
+        self._wheel.drop(self)
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
         if self._tunnel is not None:
@@ -204,55 +256,39 @@ class Connection(asyncio.Protocol):
         answer, parser = self._answer, self._parser
         assert answer is not None
         assert parser is not None
-        status = parser.get_status_code()
+        status, version = parser.get_status_code(), parser.get_http_version()
+        headers = tuple(self._fields)
         if status == 101:
             asked = answer.expect.upgrade and parser.should_upgrade()
-            if not asked or (find(tuple(self._fields), b"upgrade") or b"").lower() != b"websocket":
+            if not asked or (find(headers, b"upgrade") or b"").lower() != b"websocket":
                 raise _Malformed("switched protocols unasked")
             self._framing = Framing.TUNNEL
-            self._headed = True
-            answer.on_head(status, self._reason, tuple(self._fields), self._framing, None)
-            return
-        if status < 200:
+        elif status < 200:
             if status < 100:
                 raise _Malformed("invalid status")
             self._interim = True
             return
         self._headed = True
-        headers = tuple(self._fields)
         self._fields = []
-        length = self._read_framing(status, headers, parser.get_http_version())
-        answer.on_head(status, self._reason, headers, self._framing, length)
-        if answer.expect.head_only:
+        if version not in ("1.1", "1.0"):
+            raise _Malformed("unknown HTTP version")
+        try:
+            head = AnswerHead(status, self._reason, headers, version == "1.1")
+        except ValueError as exc:
+            raise _Malformed(str(exc)) from exc
+        if self._framing is not Framing.TUNNEL:
+            if answer.expect.head_only or status in (204, 304):
+                self._framing = Framing.NONE
+            elif head.chunked:
+                self._framing = Framing.CHUNKED
+            else:
+                self._framing = Framing.EOF if head.length is None else Framing.LENGTH
+        answer.on_head(head, self._framing)
+        if answer.expect.head_only and self._framing is not Framing.TUNNEL:
             # llhttp would wait for a body, and httptools has no way to tell it: leave the feed
             # here. Whether bytes followed is not known then: this connection is not used again.
             self._done = True
             raise _Malformed("the answer to a HEAD ends with its head")
-
-    def _read_framing(self, status: int, headers: Headers, version: str) -> int | None:
-        coding = length = None
-        for name, value in headers:
-            lower = name.lower()
-            if lower == b"transfer-encoding":
-                if coding is not None or value.lower() != b"chunked" or version != "1.1":
-                    raise _Malformed("unknown or repeated Transfer-Encoding")
-                coding = value
-            elif lower == b"content-length":
-                if length is not None or not value.isdigit() or len(value) > 18:
-                    raise _Malformed("invalid Content-Length")
-                length = int(value)
-        if version not in ("1.1", "1.0"):
-            raise _Malformed("unknown HTTP version")
-        if coding is not None and length is not None:
-            raise _Malformed("both Content-Length and Transfer-Encoding")
-        assert self._answer is not None
-        if self._answer.expect.head_only or status in (204, 304):
-            self._framing = Framing.NONE
-        elif coding is not None:
-            self._framing = Framing.CHUNKED
-        else:
-            self._framing = Framing.EOF if length is None else Framing.LENGTH
-        return length
 
     def on_body(self, data: bytes) -> None:
         self._framing_size = 0
@@ -268,10 +304,10 @@ class Connection(asyncio.Protocol):
     # -- inside ----------------------------------------------------------------------------------
 
     def _flush(self) -> None:
-        pieces = self._pieces
-        if pieces and self._answer is not None:
-            self._pieces = []
-            self._answer.on_piece(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if self._pieces and self._answer is not None:
+            piece = b"".join(self._pieces)
+            self._pieces.clear()
+            self._answer.on_piece(piece)
 
     def _finish(self) -> None:
         answer, self._answer = self._answer, None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, StrEnum
+from functools import lru_cache
 from math import inf
 
-from ..contracts import Headers, Timeouts
+from ..contracts import Timeouts
 from .dialects import Shape
-from .headers import find
+from .headers import AnswerHead
 
 HOLD_CAP = 1 << 20  # bytes held before an answer is passed on unjudged
 GRACE = 0.2  # s after the head
@@ -28,7 +29,7 @@ class Hold(Enum):
     WHOLE = 3  # until the message is complete
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Expectation:
     """What the request lets one expect of its answer."""
 
@@ -42,21 +43,23 @@ class Expectation:
     answer_by: float = inf  # monotonic s; an answer that another could give must have begun
     lone: bool = False  # no other candidate stands ready
 
-    def hold(self, status: int, headers: Headers, length: int | None) -> Hold:
+    def hold(self, head: AnswerHead) -> Hold:
         """How long to hold the answer with this head."""
-        if length is not None and length > HOLD_CAP:
+        status = head.status
+        if head.length is not None and head.length > HOLD_CAP:
             return Hold.BYTE
         if status >= 400:
             return Hold.WHOLE
         if not self.inference or status >= 300:
             return Hold.BYTE
-        if not is_event_stream(find(headers, b"content-type") or b""):
+        if not is_event_stream(head.content_type or b""):
             return Hold.WHOLE
-        if self.shape is Shape.DOCUMENT or find(headers, b"content-encoding"):
+        if self.shape is Shape.DOCUMENT or head.coding:
             return Hold.BYTE  # events that cannot be read
         return Hold.CONTENT
 
 
+@lru_cache(maxsize=256)  # asked twice an answer, of a handful of spellings
 def is_event_stream(content_type: bytes) -> bool:
     kind = content_type.split(b";", 1)[0].strip().lower()
     return kind in (b"text/event-stream", b"application/x-ndjson", b"application/jsonl")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from ..contracts import Headers
 from ..errors import BadRequest
@@ -41,13 +40,6 @@ _NEVER_BY_CONNECTION = frozenset(
         b"x-api-key",
     }
 )
-# Read and answered by the proxy, or rebuilt for each attempt.
-_REBUILT = frozenset(
-    {b"expect", b"host", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto"}
-    | {b"via", b"x-request-id", b"max-forwards"}
-)
-# A backend that knows `_` as `-` (WSGI, CGI) would read these as framing.
-_DISGUISED = frozenset({b"content_length", b"transfer_encoding", b"content-length_"})
 # Fields that a trailer section may not carry: RFC 9110 6.5.1.
 _NOT_IN_TRAILERS = HOP_BY_HOP | _NEVER_BY_CONNECTION | {b"x-beacon-backend", b"x-request-id"}
 
@@ -56,40 +48,98 @@ _SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}\Z")
 _HOST = re.compile(rb"(?:[A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?\Z")
 _BAD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
-Lines = list[tuple[bytes, bytes]]  # (lower-case name, the whole line with its CRLF)
+
+# What becomes of a field, by its name.
+_PASSES, _REBUILT, _HINT, _HOP, _DISGUISED, _LENGTH, _TYPE, _CODING, _ACCEL = range(9)
+_KINDS = {
+    **dict.fromkeys(HOP_BY_HOP, _HOP),
+    # Read and answered by the proxy, or rebuilt for each attempt.
+    **dict.fromkeys((b"expect", b"host", b"via", b"x-request-id", b"max-forwards"), _REBUILT),
+    **dict.fromkeys((b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto"), _REBUILT),
+    # A backend that knows `_` as `-` (WSGI, CGI) would read these as framing.
+    **dict.fromkeys((b"content_length", b"transfer_encoding", b"content-length_"), _DISGUISED),
+    b"content-length": _LENGTH,
+    b"content-type": _TYPE,
+    b"content-encoding": _CODING,
+    b"x-accel-buffering": _ACCEL,
+}
+_KNOWN_MOST, _KNOWN_LONGEST = 4096, 64  # spellings remembered, bytes of each
+_HARMLESS = frozenset({b"keep-alive", b"Keep-Alive", b"close"})  # values that name no field
+_known: dict[bytes, tuple[int, bytes]] = {}
+_good_hosts: set[bytes] = set()
 
 
-@dataclass(slots=True)
+def kind_of(name: bytes) -> tuple[int, bytes]:
+    """The kind of a field and its lower-case name.
+
+    Names are few and come again and again: a spelling is looked at once.
+    """
+    found = _known.get(name)
+    if found is None:
+        lower = name.lower()
+        kind = _HINT if lower.startswith(b"x-beacon-") else _KINDS.get(lower, _PASSES)
+        found = kind, lower
+        if len(name) <= _KNOWN_LONGEST:
+            if len(_known) >= _KNOWN_MOST:
+                _known.clear()
+            _known[name] = found
+    return found
+
+
+Fields = list[tuple[bytes, bytes, bytes]]  # (lower-case name, name, value)
+
+
 class RequestHead:
-    """A client's header section, read once for the exchange."""
+    """A client's header section, read once for the exchange.
 
-    lines: Lines = field(default_factory=list)  # what passes to any backend
-    rebuilt: dict[bytes, bytes] = field(default_factory=dict)  # name -> value; repeats joined
-    hints: dict[bytes, bytes] = field(default_factory=dict)  # x-beacon-*, without the prefix
-    length: int | None = None  # Content-Length
-    chunked: bool = False
-    te_trailers: bool = False
-    upgrade: bytes | None = None  # `websocket`, where the client asked for it
+    Attributes:
+        fields: what passes to any backend.
+        rebuilt: name to value of what is answered here or made anew; repeats joined.
+        hints: x-beacon-* without the prefix.
+        length: Content-Length.
+        upgrade: `websocket`, where the client asked for it.
+    """
+
+    __slots__ = (
+        "chunked",
+        "content_type",
+        "fields",
+        "hints",
+        "length",
+        "rebuilt",
+        "te_trailers",
+        "upgrade",
+    )
+
+    def __init__(self) -> None:
+        self.fields: Fields = []
+        self.rebuilt: dict[bytes, bytes] = {}
+        self.hints: dict[bytes, bytes] = {}
+        self.length: int | None = None
+        self.content_type: bytes | None = None
+        self.chunked = self.te_trailers = False
+        self.upgrade: bytes | None = None
 
 
 def read_request_head(headers: Headers, http11: bool) -> RequestHead:
-    """Sort a client's header fields.
+    """Sort a client's header fields, as the strict parser let them through.
 
     Raises:
         BadRequest: framing or Host that two parsers could read in two ways.
     """
     head = RequestHead()
+    fields, rebuilt = head.fields, head.rebuilt
     connection = b""
     for name, value in headers:
-        lower = name.lower()
-        if lower in _REBUILT:
-            if lower == b"host" and b"host" in head.rebuilt:
+        kind, lower = _known.get(name) or kind_of(name)
+        if kind == _PASSES:
+            fields.append((lower, name, value))
+        elif kind == _REBUILT:
+            old = rebuilt.get(lower)
+            if old is not None and lower == b"host":
                 raise BadRequest("more than one Host header")
-            old = head.rebuilt.get(lower)
-            head.rebuilt[lower] = value if old is None else old + b", " + value
-        elif lower.startswith(b"x-beacon-"):
-            head.hints[lower[9:]] = value
-        elif lower in HOP_BY_HOP:
+            rebuilt[lower] = value if old is None else old + b", " + value
+        elif kind == _HOP:
             if lower == b"connection":
                 connection = value if not connection else connection + b"," + value
             elif lower == b"transfer-encoding":
@@ -98,24 +148,30 @@ def read_request_head(headers: Headers, http11: bool) -> RequestHead:
                 head.te_trailers = b"trailers" in value.lower()
             elif lower == b"upgrade":
                 head.upgrade = value.lower()
-        elif lower in _DISGUISED:
+        elif kind == _HINT:
+            head.hints[lower[9:]] = value
+        elif kind == _DISGUISED:
             raise BadRequest("ambiguous framing header")
         else:
-            if lower == b"content-length":
+            if kind == _LENGTH:
                 head.length = _read_length(head.length, value)
-            head.lines.append((lower, name + b": " + value + b"\r\n"))
+            elif kind == _TYPE and head.content_type is None:
+                head.content_type = value
+            fields.append((lower, name, value))
     if head.chunked and head.length is not None:
         raise BadRequest("both Content-Length and Transfer-Encoding")
-    values = [line[:-2] for _, line in head.lines]
-    if _BAD_VALUE.search(b"".join([*values, *head.rebuilt.values(), *head.hints.values()])):
-        raise BadRequest("control character in a header value")
-    _check_host(head, http11)
+    host = rebuilt.get(b"host")
+    if host is None:
+        if http11:
+            raise BadRequest("missing Host header")
+    elif host not in _good_hosts:
+        _check_host(host)
     if not http11:
         head.upgrade = None  # RFC 9110 7.8
-    if connection:
-        _obey_connection(head, connection.lower())
-    else:
+    if not connection:
         head.upgrade, head.te_trailers = None, False
+    elif connection not in _HARMLESS or head.upgrade is not None or head.te_trailers:
+        _obey_connection(head, connection.lower())
     return head
 
 
@@ -131,13 +187,13 @@ def _read_length(known: int | None, value: bytes) -> int:
     return int(value)
 
 
-def _check_host(head: RequestHead, http11: bool) -> None:
-    host = head.rebuilt.get(b"host")
-    if host is None:
-        if http11:
-            raise BadRequest("missing Host header")
-    elif not _HOST.match(host):
+def _check_host(host: bytes) -> None:
+    if not _HOST.match(host):
         raise BadRequest("invalid Host header")
+    if len(host) <= _KNOWN_LONGEST:
+        if len(_good_hosts) >= _KNOWN_MOST:
+            _good_hosts.clear()
+        _good_hosts.add(host)
 
 
 def _obey_connection(head: RequestHead, tokens: bytes) -> None:
@@ -145,7 +201,7 @@ def _obey_connection(head: RequestHead, tokens: bytes) -> None:
     if b"upgrade" not in named or head.upgrade != b"websocket":
         head.upgrade = None
     dropped = named - _NEVER_BY_CONNECTION
-    head.lines = [pair for pair in head.lines if pair[0] not in dropped]
+    head.fields = [field for field in head.fields if field[0] not in dropped]
     if b"te" not in named:
         head.te_trailers = False
 
@@ -166,13 +222,15 @@ def request_bytes(
             empty value only takes the client's away.
         forwarded: the lines that `forwarded_lines` made, the same for every attempt.
     """
-    lines = head.lines
+    fields = head.fields
     if added:
         replaced = {name.lower() for name, _ in added}
-        lines = [pair for pair in lines if pair[0] not in replaced]
+        fields = [field for field in fields if field[0] not in replaced]
     parts = [method.encode("ascii"), b" ", target, b" HTTP/1.1\r\nHost: ", host, b"\r\n"]
-    parts += [line for _, line in lines]
-    parts.append(field_lines(added))
+    for _, name, value in fields:
+        parts += (name, b": ", value, b"\r\n")
+    if added:
+        parts.append(field_lines(added))
     if head.chunked:
         parts.append(b"Transfer-Encoding: chunked\r\n")
     if head.upgrade is not None:
@@ -225,12 +283,81 @@ def forwarded_lines(head: RequestHead, *, request_id: bytes, client: str) -> byt
     return b"".join(parts)
 
 
-def request_id(head: RequestHead) -> str:
+def request_id(given: bytes | None) -> str:
     """The client's X-Request-Id where it is sane, else a new one of 32 hex digits."""
-    given = head.rebuilt.get(b"x-request-id", b"")
-    if _SANE_ID.match(given):
+    if given is not None and _SANE_ID.match(given):
         return given.decode("ascii")
     return f"{_ids.getrandbits(128):032x}"
+
+
+class AnswerHead:
+    """A backend's status line and header section, read once.
+
+    Attributes:
+        status: 200..999, or 101.
+        reason: as it came.
+        headers: every field, as it came.
+        length: Content-Length.
+        chunked: the body is framed by chunks.
+        content_type, coding: values of Content-Type and Content-Encoding.
+        parts: of the lines that pass to the client, to be joined.
+        special: some field needs a second look before the lines pass (`answer_lines`).
+        accel: the backend sets X-Accel-Buffering itself.
+    """
+
+    __slots__ = (
+        "accel",
+        "chunked",
+        "coding",
+        "content_type",
+        "headers",
+        "length",
+        "parts",
+        "reason",
+        "special",
+        "status",
+    )
+
+    def __init__(self, status: int, reason: bytes, headers: Headers, http11: bool) -> None:
+        """Read the fields.
+
+        Raises:
+            ValueError: framing that two parsers could read in two ways.
+        """
+        self.status, self.reason, self.headers = status, reason, headers
+        self.length: int | None = None
+        self.content_type: bytes | None = None
+        self.coding: bytes | None = None
+        self.chunked = self.special = self.accel = False
+        self.parts: list[bytes] = []
+        parts = self.parts
+        for name, value in headers:
+            kind, lower = _known.get(name) or kind_of(name)
+            if kind == _HOP:
+                if lower == b"transfer-encoding":
+                    if self.chunked or not http11 or value.lower() != b"chunked":
+                        raise ValueError("unknown or repeated Transfer-Encoding")
+                    self.chunked = True
+                elif lower == b"connection" or lower == b"trailer":
+                    self.special = self.special or value not in _HARMLESS
+                continue
+            if kind == _HINT or lower == b"x-request-id":
+                continue  # these tell of this proxy's own exchange: one value only
+            if kind == _LENGTH:
+                if self.length is not None or not value.isdigit() or len(value) > 18:
+                    raise ValueError("invalid Content-Length")
+                self.length = int(value)
+            elif kind == _TYPE:
+                if self.content_type is None:
+                    self.content_type = value
+            elif kind == _CODING:
+                if self.coding is None:
+                    self.coding = value
+            elif kind == _ACCEL:
+                self.accel = True
+            parts += (name, b": ", value, b"\r\n")
+        if self.chunked and self.length is not None:
+            raise ValueError("both Content-Length and Transfer-Encoding")
 
 
 def answer_lines(headers: Headers, *, trailers_pass: bool) -> bytes:
@@ -247,7 +374,7 @@ def answer_lines(headers: Headers, *, trailers_pass: bool) -> bytes:
             if not (trailers_pass and lower == b"trailer"):
                 continue
         elif lower == b"x-request-id" or lower.startswith(b"x-beacon-"):
-            continue  # these tell of this proxy's own exchange: one value only
+            continue
         parts += [name, b": ", value, b"\r\n"]
     return b"".join(parts)
 

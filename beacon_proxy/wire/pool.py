@@ -11,6 +11,7 @@ import socket
 import ssl
 from collections import deque
 from functools import lru_cache, partial
+from math import inf
 
 import aiohappyeyeballs
 
@@ -38,9 +39,12 @@ class Pool:
         idle = self._idle.get(backend.name)
         while idle:
             connection = idle.pop()
-            self._wheel.drop(connection)
-            if not connection.closing:
+            if connection.closing:
+                continue
+            if self._loop.time() < connection.idle_until:
+                connection.idle_until = inf
                 return connection
+            connection.abort()
         return None
 
     async def connect(self, backend: Backend) -> Connection:
@@ -72,7 +76,7 @@ class Pool:
         context = tls_context(backend.tls_verify, backend.tls_ca_file) if secure else None
         try:
             _, connection = await self._loop.create_connection(
-                lambda: Connection(self._loop, partial(self._put, backend)),
+                lambda: Connection(self._loop, self._wheel, partial(self._put, backend)),
                 sock=sock,
                 ssl=context,
                 server_hostname=backend.host if secure else None,
@@ -87,19 +91,15 @@ class Pool:
         if idle is None:
             idle = self._idle[backend.name] = deque()
         if len(idle) >= max(backend.max_in_flight, 8):
-            oldest = idle.popleft()
-            self._wheel.drop(oldest)
-            oldest.abort()
+            idle.popleft().abort()
         connection.resume_reading()
         connection.idle_until = self._loop.time() + IDLE_LIMIT
-        self._wheel.add(connection, connection.idle_until)
         idle.append(connection)
 
     def close(self) -> None:
         """Close every idle connection."""
         for idle in self._idle.values():
             for connection in idle:
-                self._wheel.drop(connection)
                 connection.abort()
         self._idle.clear()
 

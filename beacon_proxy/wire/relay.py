@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from email.utils import formatdate
 from http import HTTPStatus
 from sys import maxsize
@@ -21,7 +21,7 @@ from typing import Protocol
 from ..contracts import Headers
 from .answer import Answer, Flow
 from .expect import Framing, is_event_stream
-from .headers import answer_lines, find, trailer_lines
+from .headers import AnswerHead, answer_lines, trailer_lines
 
 _BODILESS = (204, 304)
 _PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
@@ -69,7 +69,6 @@ class ClientSink:
         self,
         downstream: Downstream,
         transport: asyncio.Transport,
-        *,
         method: str,
         http11: bool,
         keep_alive: bool,
@@ -98,33 +97,37 @@ class ClientSink:
 
     def start(self, answer: Answer, added: bytes) -> None:
         self._held = []  # one system call for head, body and end where they are all there
-        framing = answer.framing
+        head, framing = answer.head, answer.framing
+        assert head is not None
         # A stream whose end mark is awaited could end short and still keep its promised length.
         watched = answer.watch is not None and framing is Framing.LENGTH
-        open_ended = watched or framing in (Framing.CHUNKED, Framing.EOF)
+        open_ended = watched or framing is Framing.CHUNKED or framing is Framing.EOF
         self._chunked = open_ended and self._http11
         self._until_close = open_ended and not self._http11
         if open_ended and not self._http11:
             self.keep_alive = False
-        headers = answer.headers
-        if watched or answer.status == 204:
-            headers = tuple(pair for pair in headers if pair[0].lower() != b"content-length")
-        if self._replaced:
-            headers = tuple(pair for pair in headers if pair[0].lower() not in self._replaced)
-        lines = answer_lines(headers, trailers_pass=self._chunked)
+        lines = head.parts
+        if watched or head.special or self._replaced or head.status == 204:
+            lines = [self._looked_at(head, watched)]
         if framing is Framing.TUNNEL:
-            lines += b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+            lines.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
             self.keep_alive = False
-        elif (
-            is_event_stream(find(answer.headers, b"content-type") or b"")
-            and find(answer.headers, b"x-accel-buffering") is None
-        ):
-            lines += b"X-Accel-Buffering: no\r\n"  # else an nginx in front holds tokens back
-        self._head(answer.status or 502, answer.reason, lines + added)
+        elif not head.accel and is_event_stream(head.content_type or b""):
+            lines.append(b"X-Accel-Buffering: no\r\n")  # else an nginx in front holds tokens back
+        lines.append(added)
+        self._head(head.status, head.reason, lines)
 
-    def _head(self, status: int, reason: bytes, lines: bytes) -> None:
+    def _looked_at(self, head: AnswerHead, watched: bool) -> bytes:
+        """The lines of a head that not all pass."""
+        dropped = self._replaced
+        if watched or head.status == 204:
+            dropped |= {b"content-length"}
+        headers = tuple(pair for pair in head.headers if pair[0].lower() not in dropped)
+        return answer_lines(headers, trailers_pass=self._chunked)
+
+    def _head(self, status: int, reason: bytes, lines: Iterable[bytes]) -> None:
         self.status = status
-        parts = [b"HTTP/1.1 %d " % status, reason, b"\r\n", lines, self.extra]
+        parts = [b"HTTP/1.1 %d " % status, reason, b"\r\n", *lines, self.extra]
         if self._chunked:
             parts.append(b"Transfer-Encoding: chunked\r\n")
         if status != 101:
@@ -182,7 +185,7 @@ class ClientSink:
         self._until_close = not self._http11
         if self._until_close:
             self.keep_alive = False
-        self._head(status, _PHRASES.get(status, b""), _lines(headers) + added + _date())
+        self._head(status, _PHRASES.get(status, b""), (_lines(headers), added, _date()))
 
     def send_own(self, status: int, headers: Headers, body: bytes, added: bytes = b"") -> None:
         """An answer of the proxy's own, whole."""
@@ -191,7 +194,7 @@ class ClientSink:
         lines = _lines(headers) + added + _date()
         if status not in _BODILESS:
             lines += b"Content-Length: %d\r\n" % len(body)
-        self._head(status, _PHRASES.get(status, b""), lines)
+        self._head(status, _PHRASES.get(status, b""), (lines,))
         if self._method != "HEAD" and body:
             self.bytes_out += len(body)
             self._send(body)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 from ..contracts import (
     Backend,
@@ -32,8 +33,7 @@ CREDENTIALS = (
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(NamedTuple):
     """One request, ready for one backend."""
 
     head: bytes
@@ -51,11 +51,12 @@ class Source(Protocol):
     def outgoing(self, candidate: Candidate, provider: Provider) -> Outgoing: ...
 
 
-def host_of(backend: Backend) -> bytes:
+@lru_cache(maxsize=1024)
+def host_of(scheme: str, host: str, port: int) -> bytes:
     """The Host field for a backend, as RFC 9112 3.2 spells it."""
-    host = f"[{backend.host}]" if ":" in backend.host else backend.host
-    if backend.port != _DEFAULT_PORTS[backend.scheme]:
-        host = f"{host}:{backend.port}"
+    host = f"[{host}]" if ":" in host else host
+    if port != _DEFAULT_PORTS[scheme]:
+        host = f"{host}:{port}"
     return host.encode("ascii")
 
 
@@ -99,7 +100,7 @@ class Verbatim:
             self._head,
             method=exchange.method,
             target=provider.target(backend, exchange.target),
-            host=host_of(backend),
+            host=host_of(backend.scheme, backend.host, backend.port),
             added=added_fields(backend, provider),
             forwarded=self._forwarded,
         )
@@ -153,8 +154,8 @@ class Translated:
             fields.append((b"Authorization", given))
         if exchange.trace_id is not None:
             fields.append((b"X-Trace-Id", exchange.trace_id.encode("ascii")))
-        lines = field_lines(fields)
-        head = b"POST %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (call.target, host_of(backend), lines)
+        host, lines = host_of(backend.scheme, backend.host, backend.port), field_lines(fields)
+        head = b"POST %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (call.target, host, lines)
         return Outgoing(head, call.body, _SHAPES[call.dialect], exchange.prompt.stream)
 
 

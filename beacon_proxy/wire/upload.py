@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Protocol
 
-from aiohttp import StreamReader
-from aiohttp.web_protocol import RequestPayloadError
-
-from ..errors import BadRequest, BodyTooLarge, Overloaded, RequestTimeout
+from ..errors import BadRequest, BodyTooLarge, Overloaded, ProxyError, RequestTimeout
 
 REPLAY_CAP = 4 << 20  # bytes; a body up to this size can be sent again
 KEPT_CAP = 128 << 20  # bytes of all bodies held at the same time in this process
+HIGH_WATER = 128 << 10  # bytes that may wait for their reader before the client is held back
 
 
 class ClientGone(ConnectionError):
     """The client closed its connection before its request was whole."""
+
+
+class Inflow(Protocol):
+    """The client's connection, as far as the reader of a body steers it."""
+
+    def pause_body(self) -> None: ...
+
+    def resume_body(self) -> None: ...
 
 
 class Kept:
@@ -29,33 +36,94 @@ class Kept:
 
 
 class Upload:
-    """One request body.
+    """One request body, fed by the client's connection as it comes.
 
     Attributes:
         framed: the request has a body, be it empty.
-        complete: the last byte has come from the client.
+        chunked: it is framed by chunks.
+        ended: its last byte has come from the client.
+        complete: its last byte has come, and was taken from here.
         replayable: what came so far is all kept, so another attempt can send the same bytes.
-        size: bytes received so far.
+        received: body bytes fed so far.
+        size: body bytes taken so far.
     """
 
     __slots__ = (
         "_all",
         "_continue",
+        "_discards",
+        "_error",
+        "_flow",
         "_held",
         "_idle",
         "_kept",
         "_limit",
-        "_reader",
+        "_waiter",
+        "_waiting",
+        "_waiting_size",
         "chunked",
         "complete",
+        "ended",
         "framed",
+        "received",
         "replayable",
         "size",
     )
 
-    def __init__(
+    def __init__(self, flow: Inflow) -> None:
+        self._flow = flow
+        self._waiting: list[bytes] = []  # not yet taken
+        self._waiting_size = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: Exception | None = None
+        self._discards = False
+        self._kept: list[bytes] = []
+        self._held = 0  # bytes in it that `_all` counts
+        self._all: Kept | None = None
+        self._limit = 0
+        self._idle: float | None = None
+        self._continue: asyncio.Transport | None = None
+        self.framed = self.chunked = self.ended = self.complete = False
+        self.replayable = True
+        self.received = self.size = 0
+
+    # -- the connection's side -------------------------------------------------------------------
+
+    def feed(self, data: bytes) -> None:
+        self.received += len(data)
+        if self._discards:
+            return
+        self._waiting.append(data)
+        self._waiting_size += len(data)
+        if self._waiting_size > HIGH_WATER:
+            self._flow.pause_body()
+        if self._waiter is not None:
+            self._wake()
+
+    def end(self) -> None:
+        self.ended = True
+        if self._waiter is not None:
+            self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """No more will come, and what came is not the whole."""
+        self._error = self._error or error
+        self._wake()
+
+    def discard(self) -> None:
+        """Nobody takes the rest: let it pass."""
+        self._discards = True
+        self._waiting.clear()
+        self._flow.resume_body()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # -- the exchange's side ---------------------------------------------------------------------
+
+    def open(
         self,
-        reader: StreamReader,
         *,
         length: int | None,
         chunked: bool,
@@ -64,38 +132,40 @@ class Upload:
         idle: float = 0.0,
         ask: asyncio.Transport | None = None,
     ) -> None:
-        """Start on one body.
+        """Start to take the body.
 
         Args:
+            length: of its Content-Length.
             limit: bytes, the largest body taken.
             kept: counts the bytes of all bodies that are held.
             idle: s the client may stay silent inside its body; 0: for ever.
             ask: gets a `100 Continue` before the body is waited for.
-        """
-        self._reader = reader
-        self._kept: list[bytes] = []
-        self._held = 0  # bytes in it
-        self._all = kept
-        self._limit = limit
-        self._idle = idle or None
-        self._continue = ask
-        self.chunked = chunked
-        self.framed = chunked or length is not None
-        self.complete = not self.framed
-        self.replayable = True
-        self.size = 0
-        if length is not None and length > limit:
-            raise BodyTooLarge(f"the body has {length} bytes, the limit is {limit}")
-        if self.framed:
-            self._take()
 
-    def _take(self) -> None:
-        """Keep what has already come, without waiting."""
-        if self._reader.exception() is None:
-            data = self._reader.read_nowait(-1)
-            if data:
-                self._keep(data)
-            self.complete = self._reader.at_eof()
+        Raises:
+            BodyTooLarge: it says so itself, or it is all there.
+        """
+        self._all, self._limit, self._idle, self._continue = kept, limit, idle or None, ask
+        self.chunked = chunked
+        if length is not None:
+            if length > limit:
+                raise BodyTooLarge(f"the body has {length} bytes, the limit is {limit}")
+        elif not chunked:
+            self.complete = True
+            return
+        self.framed = True
+        if self._waiting and self._error is None:
+            self._keep(self._take())
+        self.complete = self.ended
+
+    def _take(self) -> bytes:
+        """All that waits."""
+        waiting = self._waiting
+        data = waiting[0] if len(waiting) == 1 else b"".join(waiting)
+        waiting.clear()
+        if self._waiting_size > HIGH_WATER:
+            self._flow.resume_body()
+        self._waiting_size = 0
+        return data
 
     def _count(self, data: bytes) -> None:
         self.size += len(data)
@@ -104,30 +174,41 @@ class Upload:
 
     def _keep(self, data: bytes) -> None:
         self._count(data)
+        assert self._all is not None
         self._all.used += len(data)
         self._held += len(data)
         self._kept.append(data)
 
     def _room_for(self, data: bytes) -> bool:
+        assert self._all is not None
         return self._all.used + len(data) <= self._all.limit
 
     async def _next(self) -> bytes:
         """The next bytes from the client; b"" at the end."""
-        if self._continue is not None:
-            self._continue.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self._continue = None
-        try:
-            async with asyncio.timeout(self._idle):
-                data = await self._reader.readany()
-        except TimeoutError as exc:
-            raise RequestTimeout("the request's body stopped coming") from exc
-        except RequestPayloadError as exc:
-            raise BadRequest("the body's framing is malformed") from exc
-        except ConnectionError as exc:
-            raise ClientGone from exc
-        if not data:
-            self.complete = self._reader.at_eof()
+        if not self._waiting and not self.ended:
+            if self._continue is not None:
+                self._continue.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            try:
+                async with asyncio.timeout(self._idle):
+                    await self._wait()
+            except TimeoutError as exc:
+                raise RequestTimeout("the request's body stopped coming") from exc
+        self._continue = None
+        if self._error is not None and not self._waiting:
+            if isinstance(self._error, ProxyError | ClientGone):
+                raise self._error
+            raise BadRequest("the body's framing is malformed") from self._error
+        data = self._take() if self._waiting else b""
+        self.complete = self.ended
         return data
+
+    async def _wait(self) -> None:
+        while not (self._waiting or self.ended or self._error is not None):
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
 
     async def fill(self) -> bytes | None:
         """Wait for the whole body, up to the replay cap.
@@ -144,7 +225,6 @@ class Upload:
         data = await self._next()
         if data:
             self._keep(data)
-            self.complete = self._reader.at_eof()
 
     async def whole(self) -> bytes:
         """The whole body, however large. Raises BodyTooLarge above the limit."""
@@ -157,15 +237,18 @@ class Upload:
         """The whole body, where it is complete and kept."""
         if not (self.complete and self.replayable):
             return None
-        if len(self._kept) > 1:
-            self._kept = [b"".join(self._kept)]
-        return self._kept[0] if self._kept else b""
+        kept = self._kept
+        if len(kept) > 1:
+            self._kept = kept = [b"".join(kept)]
+        return kept[0] if kept else b""
 
     def forget(self) -> None:
         """No attempt will follow: let go of what was kept for one. May be called again."""
         self.replayable = False
-        self._all.used -= self._held
-        self._held = 0
+        if self._held:
+            assert self._all is not None
+            self._all.used -= self._held
+            self._held = 0
         self._kept.clear()
 
     @property
@@ -190,5 +273,4 @@ class Upload:
             else:
                 self._count(data)
                 self.forget()
-            self.complete = self._reader.at_eof()
             yield data

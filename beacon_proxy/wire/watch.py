@@ -119,6 +119,24 @@ def usage_in(tail: bytes) -> Usage | None:
     return Usage(int(given[-1]) if given else 0, int(output[-1]))
 
 
+def usage_of(document: dict[str, Any]) -> Usage | None:
+    """Tokens as a whole answer counts them; None where it does not say."""
+    counts = document.get("usage")
+    if not isinstance(counts, dict):
+        counts = document  # Ollama's
+    output = _first_count(counts, "completion_tokens", "output_tokens", "eval_count")
+    given = _first_count(counts, "prompt_tokens", "input_tokens", "prompt_eval_count")
+    return None if output is None else Usage(given or 0, output)
+
+
+def _first_count(counts: dict[str, Any], *names: str) -> int | None:
+    for name in names:
+        count = counts.get(name)
+        if type(count) is int and count >= 0:  # a bool is none
+            return count
+    return None
+
+
 def sign_of(shape: Shape, data: bytes) -> Sign:
     """Classify one event's data, or one NDJSON line."""
     if data == b"[DONE]":
