@@ -33,11 +33,12 @@ class Capacity:
             raise ValueError(f"queue_timeout: must be >= 0 and finite, got {self.queue_timeout}")
 
     def admit(self, exchange: Exchange, backend: Backend) -> Permit | None:
-        taken = self.in_flight(backend.name)
+        name, in_flight = backend.name, self._in_flight
+        taken = in_flight.get(name, 0)
         if taken >= backend.max_in_flight:
             return None
-        self._in_flight[backend.name] = taken + 1
-        return _Slot(self._in_flight, backend.name)
+        in_flight[name] = taken + 1
+        return _Slot(in_flight, name)
 
     def queue(self) -> QueueLimits:
         return QueueLimits(size=self.max_queue, timeout=self.queue_timeout)
@@ -47,19 +48,23 @@ class Capacity:
         return self._in_flight.get(name, 0)
 
 
-@dataclass(slots=True)
 class _Slot:
-    in_flight: dict[str, int]
-    name: str
-    taken: bool = True
+    """One exchange on a backend."""
+
+    __slots__ = ("_in_flight", "_name")
+
+    def __init__(self, in_flight: dict[str, int], name: str) -> None:
+        self._in_flight = in_flight
+        self._name: str | None = name  # None: given back
 
     def release(self) -> None:
-        if not self.taken:
+        name = self._name
+        if name is None:
             return
-        self.taken = False
-        left = self.in_flight[self.name] - 1
+        self._name = None
+        left = self._in_flight[name] - 1
         if left:
-            self.in_flight[self.name] = left
+            self._in_flight[name] = left
         else:
             # Backends come and go: a name at zero must not stay for ever.
-            del self.in_flight[self.name]
+            del self._in_flight[name]

@@ -21,16 +21,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from beacon_proxy.contracts import (
+    NO_SLOT,
     Backend,
-    Candidate,
     Candidates,
     Clock,
     Exchange,
+    Live,
     Outcome,
     Permit,
     Verdict,
@@ -39,6 +39,7 @@ from beacon_proxy.contracts import (
 _MODES = ("blend", "cost", "latency")
 _UNITS = ("requests", "seconds", "cost")
 _POOLS = ("baseline", "burst")
+_SERVED = (Verdict.GOOD, Verdict.CALLER)
 # How far a credit may go, in mean amounts. A request is always 1, so only an outage moves the
 # credit far: 3 bounds what 300 later requests see of it to one point. Seconds and money vary by
 # themselves.
@@ -100,28 +101,40 @@ class Cost:
 
     def select(self, exchange: Exchange, candidates: Candidates) -> Candidates:
         """Sort; candidates of last resort stay behind, in the order in which they came."""
-        sound = [c for c in candidates if not c.last_resort]
-        sound.sort(key=self._rank(exchange))
-        return sound + [c for c in candidates if c.last_resort]
+        mode = self._mode(exchange)
+        bound = self.max_blended_price
+        # The operator's bound is over a client's wish for speed, too.
+        if mode == "cost" or (bound is not None and self.blended_price() > bound):
+            rows = _by_price(candidates)
+        elif mode == "latency":
+            rows = _by_latency(candidates, self.clock())
+        else:
+            rows = _by_pool(candidates, self._ledger.first())
+        rows.sort()
+        ordered = [row[-1] for row in rows]
+        if len(ordered) < len(candidates):
+            ordered += [c for c in candidates if c.last_resort]
+        return ordered
 
     def admit(self, exchange: Exchange, backend: Backend) -> Permit | None:
         """Never refuses; the permit counts the exchange in advance."""
-        if self._counts(exchange, backend):
-            return _Advance(self._ledger, backend.pool)
-        return _NOTHING
+        pool = self._pool(exchange, backend)
+        return NO_SLOT if pool is None else _Advance(pool)
 
     def observe(self, exchange: Exchange, outcome: Outcome) -> None:
         backend, seconds = outcome.backend, outcome.duration
         if outcome.sent:
             self._paid = self._paid * _PRICE_MEMORY + seconds * backend.price_per_second
             self._seconds = self._seconds * _PRICE_MEMORY + seconds
-        served = outcome.committed or outcome.verdict in (Verdict.GOOD, Verdict.CALLER)
-        if not served or not self._counts(exchange, backend):
+        if not outcome.committed and outcome.verdict not in _SERVED:
+            return
+        pool = self._pool(exchange, backend)
+        if pool is None:
             return
         amount = 1.0 if self.blend.by == "requests" else seconds
         if self.blend.by == "cost":
             amount *= backend.price_per_second
-        self._ledger.charge(backend.pool, amount)
+        self._ledger.charge(pool, amount)
 
     def blended_price(self) -> float:
         """Return the average paid of late, USD per second of attempts."""
@@ -132,122 +145,134 @@ class Cost:
             return self.default
         return "cost" if exchange.cost_priority else "latency"
 
-    def _counts(self, exchange: Exchange, backend: Backend) -> bool:
-        return self._mode(exchange) == "blend" and backend.pool in _POOLS
-
-    def _rank(self, exchange: Exchange) -> Callable[[Candidate], tuple[float, ...]]:
-        mode = self._mode(exchange)
-        bound = self.max_blended_price
-        # The operator's bound is over a client's wish for speed, too.
-        if mode == "cost" or (bound is not None and self.blended_price() > bound):
-            return _by_price
-        if mode == "latency":
-            now = self.clock()
-            return lambda c: _by_latency(c, now)
-        first = self._ledger.first()
-        return lambda c: _by_pool(c, first)
+    def _pool(self, exchange: Exchange, backend: Backend) -> _Pool | None:
+        """The pool that the exchange counts in; None: the blend does not decide it."""
+        if self._mode(exchange) != "blend":
+            return None
+        return self._ledger.pools.get(backend.pool)
 
 
-def _by_price(c: Candidate) -> tuple[float, ...]:
-    price, live = c.backend.price_per_second, c.live
-    return c.priority, price, c.distance, live.in_flight, live.picked
+_Rows = list[tuple[Any, ...]]  # what to sort by, the place that it came in, the candidate
 
 
-def _by_pool(c: Candidate, first: str) -> tuple[float, ...]:
-    backend, live = c.backend, c.live
-    pool = 0 if backend.pool == first else 1 if backend.pool in _POOLS else 2
-    price = backend.price_per_second
-    return c.priority, pool, c.distance, price, live.in_flight, live.picked
+def _by_price(candidates: Candidates) -> _Rows:
+    rows: _Rows = []
+    for c in candidates:
+        if not c.last_resort:
+            price, live = c.backend.price_per_second, c.live
+            rows.append((c.priority, price, c.distance, live.in_flight, live.picked, len(rows), c))
+    return rows
 
 
-def _by_latency(c: Candidate, now: float) -> tuple[float, ...]:
+def _by_pool(candidates: Candidates, first: str) -> _Rows:
+    rows: _Rows = []
+    for c in candidates:
+        if not c.last_resort:
+            backend, live = c.backend, c.live
+            pool = 0 if backend.pool == first else 1 if backend.pool in _POOLS else 2
+            price = backend.price_per_second
+            key = c.priority, pool, c.distance, price, live.in_flight, live.picked, len(rows), c
+            rows.append(key)
+    return rows
+
+
+def _by_latency(candidates: Candidates, now: float) -> _Rows:
+    rows: _Rows = []
+    for c in candidates:
+        if not c.last_resort:
+            live = c.live
+            # Among the unknown, spreading out tells more than staying near.
+            spread = live.in_flight if live.latency is None else 0
+            ties = spread, c.distance, live.in_flight, live.picked
+            rows.append((c.priority, _score(live, now), *ties, len(rows), c))
+    return rows
+
+
+def _score(live: Live, now: float) -> float:
     """Score in seconds: failures raise it, time without news lowers it.
 
     Untried ones come first, but by one exchange at a time while others are known: a burst must not
     pile up before a GPU that is only starting. The same goes for estimates that faded. One that was
     picked and never answered well is unproven, whatever it answered: a 4xx is no speed.
     """
-    live = c.live
     idle = live.in_flight == 0
-    unknown = live.latency is None
-    if unknown and idle and live.picked == 0:
-        score = 0.0
-    else:
-        latency = _UNPROVEN if live.latency is None else live.latency
-        score = latency / max(live.success, _LEAST_SUCCESS)
-        if idle:
-            score *= 0.5 ** (max(0.0, now - live.last_used) / _HALF_LIFE)
-    # Among the unknown, spreading out tells more than staying near.
-    spread = live.in_flight if unknown else 0
-    return c.priority, score, spread, c.distance, live.in_flight, live.picked
+    if live.latency is None and idle and live.picked == 0:
+        return 0.0
+    latency = _UNPROVEN if live.latency is None else live.latency
+    score = latency / max(live.success, _LEAST_SUCCESS)
+    if idle:
+        score *= 0.5 ** (max(0.0, now - live.last_used) / _HALF_LIFE)
+    return score
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class _Pool:
+    """One side of the blend."""
+
+    step: float  # what the credit moves by for each unit that this pool serves
+    running: int = 0  # exchanges
+    mean: float = 1.0  # amount of an exchange
+    proven: bool = False  # the mean is its own
+
+
 class _Ledger:
     """The credit between the pools, kept by the rules above."""
 
-    blend: Blend
-    credit: float = 0.0  # of baseline, in amounts; burst's is the same below zero
-    mean: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_POOLS, 1.0))
-    running: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_POOLS, 0))
-    proven: set[str] = field(default_factory=set)  # pools whose mean is their own
+    __slots__ = ("_baseline", "_burst", "_reach", "credit", "pools")
+
+    def __init__(self, blend: Blend) -> None:
+        self._baseline = _Pool(-blend.burst)
+        self._burst = _Pool(blend.baseline)
+        self._reach = _REACH[blend.by]
+        self.pools = {"baseline": self._baseline, "burst": self._burst}
+        self.credit = 0.0  # of baseline, in amounts; burst's is the same below zero
 
     def first(self) -> str:
         # At zero, too, a pool without a share is last. Burst needs no word: without a share of its
         # own the standing never falls below zero.
-        return "baseline" if self.blend.baseline and self._standing() >= 0.0 else "burst"
+        return "baseline" if self._burst.step and self._standing() >= 0.0 else "burst"
 
-    def charge(self, pool: str, amount: float) -> None:
+    def charge(self, pool: _Pool, amount: float) -> None:
         """Book an exchange that `pool` has served."""
-        self._weigh(pool, amount)
-        blend = self.blend
-        self.credit += blend.baseline * amount if pool == "burst" else -blend.burst * amount
+        if amount != pool.mean or not pool.proven:
+            self._weigh(pool, amount)
+        self.credit += pool.step * amount
         # The standing is capped, not the credit: that swings with the order in which a burst ends.
         standing = self._standing()
-        reach = _REACH[blend.by] * max(self.mean.values())
+        reach = self._reach * max(self._baseline.mean, self._burst.mean)
         self.credit += min(max(standing, -reach), reach) - standing
 
     def _standing(self) -> float:
         """Return the credit as it will be once all that runs has been served."""
-        mean, running, blend = self.mean, self.running, self.blend
-        served_by_baseline = running["baseline"] * mean["baseline"]
-        served_by_burst = running["burst"] * mean["burst"]
-        return self.credit - blend.burst * served_by_baseline + blend.baseline * served_by_burst
+        one, other = self._baseline, self._burst
+        return (
+            self.credit
+            + one.step * (one.running * one.mean)
+            + other.step * (other.running * other.mean)
+        )
 
-    def _weigh(self, pool: str, amount: float) -> None:
-        if pool in self.proven:
-            self.mean[pool] += _MEAN_WEIGHT * (amount - self.mean[pool])
+    def _weigh(self, pool: _Pool, amount: float) -> None:
+        if pool.proven:
+            pool.mean += _MEAN_WEIGHT * (amount - pool.mean)
             return
-        self.proven.add(pool)
+        pool.proven = True
         # Until the other pool has served, the best guess is that its exchanges are alike.
-        for each in _POOLS:
-            if each == pool or each not in self.proven:
-                self.mean[each] = amount
-
-
-class _Nothing:
-    """The permit of an exchange that the blend does not count."""
-
-    __slots__ = ()
-
-    def release(self) -> None:
-        """Give back nothing."""
-
-
-_NOTHING = _Nothing()
+        for each in self.pools.values():
+            if each is pool or not each.proven:
+                each.mean = amount
 
 
 class _Advance:
     """One running exchange of a pool; a second release changes nothing."""
 
-    __slots__ = ("_ledger", "_pool")
+    __slots__ = ("_pool",)
 
-    def __init__(self, ledger: _Ledger, pool: str) -> None:
-        ledger.running[pool] += 1
-        self._ledger: _Ledger | None = ledger
-        self._pool = pool
+    def __init__(self, pool: _Pool) -> None:
+        pool.running += 1
+        self._pool: _Pool | None = pool  # None: given back
 
     def release(self) -> None:
-        if self._ledger is not None:
-            self._ledger.running[self._pool] -= 1
-            self._ledger = None
+        pool = self._pool
+        if pool is not None:
+            pool.running -= 1
+            self._pool = None

@@ -39,6 +39,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from beacon_proxy.contracts import (
+    NO_SLOT,
     Backend,
     Candidate,
     Candidates,
@@ -56,6 +57,7 @@ from beacon_proxy.contracts import (
     tell_nobody,
 )
 
+_GOOD, _BUSY = Verdict.GOOD, Verdict.BUSY  # looked up once: that is slow
 _REST = 1.0  # s, for a backend that pushed back without saying for how long
 _LONG = 5.0  # s of rest that an operator is told of
 _PANIC_PAUSE = 10.0  # s between two words of panic
@@ -115,7 +117,17 @@ class Health:
         if exchange.region and exchange.region_mode == "require":
             candidates = [c for c in candidates if c.backend.region == exchange.region]
         now = self.clock()
-        ready = [c for c in candidates if self._stands_ready(c, now)]
+        records, ready = self._records, []
+        for candidate in candidates:
+            live = candidate.live
+            record = records.get(candidate.backend.name)
+            if record is None or record.live is not live:
+                record = self._record(candidate)
+            if live.resting_until > now or live.ejected_until > now:
+                continue
+            if live.ejected_until and record.leased(now):
+                continue
+            ready.append(candidate)
         self._panic = None if ready else exchange.id
         if ready:
             return ready
@@ -130,29 +142,29 @@ class Health:
         """Take the lease of a backend on trial; any other is let through."""
         record = self._records.get(backend.name)
         if record is None or not record.live.ejected_until:
-            return _NOTHING
+            return NO_SLOT
         now = self.clock()
         if record.live.ejected_until > now:
-            return _NOTHING  # ejected and asked all the same: a last resort
+            return NO_SLOT  # ejected and asked all the same: a last resort
         if record.leased(now):
             # The core plans and admits in one synchronous stretch, so the last plan is its own.
-            return _NOTHING if self._panic == exchange.id else None
+            return NO_SLOT if self._panic == exchange.id else None
         lease = _Lease(record, now + self.probe_timeout + self.base_ejection_time)
         record.lease = lease
         return lease
 
     def observe(self, exchange: Exchange, outcome: Outcome) -> None:
-        record = self._records.get(outcome.backend.name)
+        record, verdict = self._records.get(outcome.backend.name), outcome.verdict
         if record is None:
             return
-        if outcome.verdict is Verdict.BUSY:
+        if verdict is _BUSY:
             self._push_back(record, exchange, outcome)
         elif outcome.started < record.ejected_at:
             return
-        elif outcome.verdict is Verdict.GOOD:
+        elif verdict is _GOOD:
             record.good_at = self.clock()
             self._good(record)
-        elif outcome.verdict is Verdict.STRIKE:
+        elif verdict is Verdict.STRIKE:
             deep = outcome.stage is not Stage.CONNECT
             self._strike(record, outcome.started, outcome.fault, outcome.stage, deep=deep)
 
@@ -169,13 +181,6 @@ class Health:
         finally:
             task.cancel()
             await asyncio.wait((task,))
-
-    def _stands_ready(self, candidate: Candidate, now: float) -> bool:
-        live = candidate.live
-        record = self._record(candidate)
-        if live.resting_until > now or live.ejected_until > now:
-            return False
-        return not (live.ejected_until and record.leased(now))
 
     def _badness(self, candidate: Candidate) -> tuple[bool, float, int]:
         live = candidate.live
@@ -362,14 +367,4 @@ class _Lease:
             self.record.lease = None
 
 
-class _Nothing:
-    """The permit of an exchange that needs none."""
-
-    __slots__ = ()
-
-    def release(self) -> None:
-        """Give back nothing."""
-
-
-_NOTHING = _Nothing()
 _CANNOT_TELL = Check(Verdict.NEUTRAL)

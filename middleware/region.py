@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from beacon_proxy.contracts import Candidate, Candidates, Exchange
-from beacon_proxy.regions import canonical_region, distance
+from beacon_proxy.regions import REGIONS, canonical_region, distance
 
 _MODES = ("prefer", "require")
+_LAST = 16  # a rank behind all that distances make
 
 
 @dataclass(slots=True)
@@ -31,6 +32,7 @@ class Region:
         },
     )
     region: str = field(default="", metadata={"injected": True})
+    _places: dict[str, _Places] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
@@ -49,14 +51,43 @@ class Region:
         preferred = exchange.region
         if preferred and (exchange.region_mode or self.mode) == "require":
             candidates = [c for c in candidates if c.backend.region == preferred]
+        places = self._places.get(preferred or "") or self._survey(preferred or "")
+        in_order, so_far = True, 0
         for candidate in candidates:
-            where = candidate.backend.region
-            candidate.distance = distance(self.region, where)
-            candidate.priority = distance(preferred, where) if preferred else 0
-        return sorted(candidates, key=_nearness)
+            candidate.priority, candidate.distance, rank = places[candidate.backend.region]
+            if candidate.last_resort:
+                rank = _LAST
+            if rank < so_far:
+                in_order = False
+            so_far = rank
+        return candidates if in_order else sorted(candidates, key=_rank)
+
+    def _survey(self, preferred: str) -> _Places:
+        places = _Places(self.region, preferred)
+        if not preferred or preferred in REGIONS:  # not what a client makes up
+            self._places[preferred] = places
+        return places
 
 
-def _nearness(candidate: Candidate) -> tuple[bool, int, int]:
+class _Places(dict[str, tuple[int, int, int]]):
+    """Where each backend region lies: its priority, distance and rank; worked out once."""
+
+    def __init__(self, here: str, preferred: str) -> None:
+        self._here = here
+        self._preferred = preferred
+
+    def __missing__(self, where: str) -> tuple[int, int, int]:
+        priority = distance(self._preferred, where) if self._preferred else 0
+        away = distance(self._here, where)
+        place = self[where] = priority, away, _rank_of(priority, away)
+        return place
+
+
+def _rank(candidate: Candidate) -> int:
     if candidate.last_resort:
-        return True, 0, 0
-    return False, candidate.priority, candidate.distance
+        return _LAST
+    return _rank_of(candidate.priority, candidate.distance)
+
+
+def _rank_of(priority: int, away: int) -> int:
+    return priority * 4 + away
