@@ -11,13 +11,14 @@ MAKEFLAGS += --no-print-directory
 PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import ensurepip, ssl, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help install run test check format lock clean
+.PHONY: help install run test check count format lock clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make run      install, then start the demo: real local backends and the proxy before them'
 	@echo 'make test     install, then run the tests (PYTEST_ARGS=… for some of them)'
 	@echo 'make check    format, lint, types, import floors'
+	@echo 'make count    what a request and a token cost, beside what is kept (KEEP=1 keeps it)'
 	@echo 'make install  .venv/bin/beacon-proxy alone'
 	@echo 'make format   put the code into the format that `make check` asks for'
 	@echo 'make lock     take the newest versions that setup.cfg allows into the lock files'
@@ -40,6 +41,10 @@ check: $(DONE)/package $(DONE)/test
 	@$(BIN)/shellcheck deploy.sh .ci/run tests/fake_flyctl
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_floors.py
+
+# Calls and bytecode instead of seconds: tests/counted says how. A test compares the same figures.
+count: $(DONE)/package $(DONE)/test
+	@$(BIN)/python -m tests.counted $(if $(KEEP),--keep)
 
 format: $(DONE)/test
 	@$(BIN)/ruff format .

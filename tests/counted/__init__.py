@@ -6,16 +6,19 @@ runs in a process of its own, on production's event loop. What its loop's thread
     calls    of functions, Python's and C's; a coroutine that goes on counts as a call
     opcodes  bytecode instructions
 
-Both are the same on every machine that runs the same minor version of Python and the locked
+Both come out the same on every machine with the same minor version of Python and the locked
 dependencies, however busy it is. What they cannot see: the inside of a C function (the parsers,
-orjson, uvloop), system calls, the thread that writes the log, memory. `make bench` times those.
+orjson, uvloop), calls of what Cython made, system calls, the thread that writes the log, memory.
+All that is for a benchmark in seconds.
 
 Rule 1: one client, in lock-step: a request goes out after the answer before it, a token after the
     client has the one before. So nothing is merged on its way, and every piece costs a piece.
-Rule 2: a count begins and ends when the loop has nothing left to do, and the cost of beginning and
-    ending is taken off, as an empty count gives it.
-Rule 3: work by the clock (probes, the wheel) falls into any count. Each figure is the median of
-    several counts, and each count is long against such work.
+Rule 2: a count begins and ends when the loop has nothing left to do. What beginning and ending
+    cost is counted alone, and taken off.
+Rule 3: work by the clock (probes, the timer wheel) may fall into a count, and only ever adds to it:
+    a figure is the least of several counts. What comes less often than once a count is not seen.
 
-`python -m tests.counted` shows the figures, `… profile json` the functions behind one of them.
+    python -m tests.counted                 the figures beside those that are kept
+    python -m tests.counted --keep          keep them: tests/counted/kept.json
+    python -m tests.counted profile json    the functions behind a figure
 """

@@ -1,142 +1,190 @@
-"""Runs the load against the proxy's process and makes figures of what that counted."""
+"""Runs the work against a proxy in a process of its own, and makes figures of what that counted."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .load import LIMIT, Backends, Client
+from tests.kit import eventually
+
+from .load import MODES, Load, Mode
 
 ROOT = Path(__file__).parents[2]
-PLACES = (  # five backends in two regions, both pools in each
+PLACES = (  # five backends in two regions, either pool in both
     ("golem", "us-east"),
     ("golem", "us-east"),
     ("openai", "us-east"),
     ("golem", "eu-west"),
     ("openai", "eu-west"),
 )
+LIMIT = 30.0  # s for one count; only what hangs takes so long
+REPEATS = 5
 
 
 class Count(NamedTuple):
-    """What one function did, or all together."""
+    """What one function did a unit."""
+
+    calls: float = 0.0
+    opcodes: float = 0.0
+    inclusive: float = 0.0  # opcodes with those of what it calls
+
+
+class Figure(NamedTuple):
+    """What all functions together did a unit."""
 
     calls: float
     opcodes: float
-    inclusive: float  # opcodes with those of what it calls
-
-    def __sub__(self, other: Count) -> Count:
-        return Count(*(a - b for a, b in zip(self, other, strict=True)))
-
-    def __truediv__(self, n: int) -> Count:
-        return Count(*(a / n for a in self))
-
-
-NOTHING = Count(0, 0, 0)
-Counted = dict[str, Count]  # by function
-
-
-class Mode(NamedTuple):
-    """A kind of work, and how much of it makes a count."""
-
-    unit: str  # what its figures are of
-    units: int
-    base: int | None = None  # units that are taken off, of a work that has more to it than units
-
-
-MODES = {
-    "json": Mode("request", 20),
-    "connect": Mode("request and connection", 20),
-    "exchange": Mode("streamed exchange", 20),
-    "token": Mode("token", 100, base=0),
-    "upload": Mode("piece of 16 KiB", 20, base=1),
-}
 
 
 class Proxy:
-    """The proxy's process, and the load beside it."""
+    """A proxy that counts, and the load on it."""
 
-    def __init__(self, control: socket.socket, backends: Backends) -> None:
-        self._control = control
-        self._file = control.makefile()
-        self.client = Client(json.loads(self._file.readline()), backends)
+    def __init__(
+        self, load: Load, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._load, self._reader, self._writer = load, reader, writer
 
-    def warm(self, mode: str) -> None:
-        """Do the work once, uncounted: what happens only once is then done."""
-        self._work(mode, MODES[mode].units)
+    async def start(self) -> None:
+        """Learn the port, and wait until the backends have been asked for their models."""
+        self._load.port = await self.answer()
+        await eventually(lambda: self._load.probed == len(PLACES), LIMIT)
 
-    def count(self, mode: str) -> Counted:
-        """What one unit costs, by function."""
-        _, units, base = MODES[mode]
-        whole = self._count(mode, units)
-        without = self._count(mode, base)
+    async def figure(self, mode: str) -> Figure:
+        """What a unit costs, with the least work by the clock that any count had."""
+        await self.warm(mode)
+        work = MODES[mode]
+        whole = _least([await self._counted(work, work.units) for _ in range(REPEATS)])
+        rest = _least([await self._counted(work, work.base) for _ in range(REPEATS)])
+        units = work.units - work.base
+        return Figure((whole.calls - rest.calls) / units, (whole.opcodes - rest.opcodes) / units)
+
+    async def warm(self, mode: str) -> None:
+        """Do the work uncounted: what happens only once is then done."""
+        await self._work(MODES[mode], MODES[mode].units)
+
+    async def count(self, mode: str) -> dict[str, Count]:
+        """Count once; what a unit costs, by function."""
+        work = MODES[mode]
+        whole = await self._counted(work, work.units)
+        rest = await self._counted(work, work.base)
+        units = work.units - work.base
+        none = Count()
         return {
-            name: (count - without.get(name, NOTHING)) / (units - (base or 0))
+            name: Count(
+                *((a - b) / units for a, b in zip(count, rest.get(name, none), strict=True))
+            )
             for name, count in whole.items()
         }
 
-    def seconds(self, mode: str) -> dict[str, float]:
-        """Own seconds a unit, by function; cProfile's, whose own work is in them."""
-        units = MODES[mode].units
-        self._tell("time")
-        self._work(mode, units)
-        rows: list[tuple[str, float]] = self._tell("stop")["seconds"]
-        return {name: seconds / units for name, seconds in rows}
+    async def seconds(self, mode: str) -> dict[str, float]:
+        """Own seconds a unit, by function; those of cProfile, whose work is in them."""
+        work = MODES[mode]
+        await self._tell("time")
+        await self._work(work, work.units)
+        return {name: spent / work.units for name, spent in await self._tell("stop")}
 
-    def _count(self, mode: str, units: int | None) -> Counted:
-        self._tell("count")
-        self._work(mode, units)
-        rows = self._tell("stop")["functions"]
-        return {name: Count(*counts) for name, *counts in rows}
+    async def _counted(self, work: Mode, units: int) -> dict[str, Count]:
+        await self._tell("count")
+        await self._work(work, units)
+        return {name: Count(*counts) for name, *counts in await self._tell("stop")}
 
-    def _work(self, mode: str, units: int | None) -> None:
-        if units is not None:
-            getattr(self.client, mode)(units)
+    async def _work(self, work: Mode, units: int) -> None:
+        if units:
+            async with asyncio.timeout(LIMIT):
+                await work.work(self._load, units)
 
-    def _tell(self, word: str) -> Any:
-        self._control.sendall(word.encode())
-        return json.loads(self._file.readline())
+    async def _tell(self, word: str) -> Any:
+        self._writer.write(word.encode())
+        return await self.answer()
+
+    async def answer(self) -> Any:
+        async with asyncio.timeout(LIMIT):
+            line = await self._reader.readline()
+        if not line:
+            raise RuntimeError("the proxy that is counted has ended; stderr says why")
+        return json.loads(line)
 
 
-def document(urls: list[str]) -> dict[str, Any]:
+def _least(counts: list[dict[str, Count]]) -> Figure:
+    return Figure(
+        min(sum(function.calls for function in count.values()) for count in counts),
+        min(sum(function.opcodes for function in count.values()) for count in counts),
+    )
+
+
+@asynccontextmanager
+async def proxy(*middleware: dict[str, Any]) -> AsyncIterator[Proxy]:
+    """Run the proxy; `middleware` stands in its chain behind the default one's."""
+    ours, theirs = socket.socketpair()
+    unread, log = _stalled()
+    async with aclosing(Load()) as load:
+        with theirs, log:
+            spec = json.dumps(document(await load.listen(len(PLACES)), middleware))
+            child = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "tests.counted.proxy", str(theirs.fileno()), spec),
+                pass_fds=[theirs.fileno()],
+                stdout=log,
+                cwd=ROOT,
+                env=_environment(),
+            )
+        reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 24)
+        try:
+            running = Proxy(load, reader, writer)
+            await running.start()
+            yield running
+        finally:
+            writer.close()  # which ends it
+            unread.close()
+            await _ended(child)
+
+
+async def _ended(child: asyncio.subprocess.Process) -> None:
+    try:
+        await asyncio.wait_for(child.wait(), 5)
+    except TimeoutError:
+        child.kill()
+        await child.wait()
+        raise
+
+
+def _stalled() -> tuple[FileIO, FileIO]:
+    """A pipe for the access log, full already, and the end at which nobody reads.
+
+    The thread that writes the log hangs on it, so the loop never has to wake that thread; how often
+    it had to would depend on the clock.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for size in (4096, 1):
+        with suppress(BlockingIOError):
+            while os.write(writer, bytes(size)):
+                pass
+    os.set_blocking(writer, True)
+    return FileIO(reader), FileIO(writer, "w")
+
+
+def document(urls: list[str], middleware: tuple[dict[str, Any], ...] = ()) -> dict[str, Any]:
     """The default configuration before these backends."""
     rows = [
         {"name": f"b{number}", "provider": provider, "url": url, "region": region}
         for number, (url, (provider, region)) in enumerate(zip(urls, PLACES, strict=True))
     ]
-    return {"server": {"host": "127.0.0.1", "port": 0, "region": "us-east"}, "backends": rows}
+    chosen: dict[str, Any] = {"server": {"host": "127.0.0.1", "port": 0}, "backends": rows}
+    if middleware:
+        default = ("health", "region", "cost", "capacity", "failover")
+        chosen["middleware"] = [*default, *middleware]
+    return chosen
 
 
-@contextmanager
-def proxy() -> Iterator[Proxy]:
-    """Start the proxy, and end it at the end."""
-    ours, theirs = socket.socketpair()
-    ours.settimeout(LIMIT)
-    with Backends(len(PLACES)) as backends, ours, theirs:
-        spec = json.dumps(document(backends.urls))
-        child = subprocess.Popen(
-            [sys.executable, "-m", "tests.counted.proxy", str(theirs.fileno()), spec],
-            pass_fds=[theirs.fileno()],
-            stdout=subprocess.DEVNULL,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"},
-        )
-        theirs.close()
-        try:
-            running = Proxy(ours, backends)
-            for _ in PLACES:
-                backends.probed.acquire(timeout=LIMIT)
-            yield running
-            running.client.close()
-        finally:
-            ours.shutdown(socket.SHUT_RDWR)
-            try:
-                child.wait(LIMIT)
-            finally:
-                child.kill()
+def _environment() -> dict[str, str]:
+    """This one's, without what makes Python itself work differently."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return {**kept, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}

@@ -1,270 +1,207 @@
-"""The client and the backends: blocking sockets in threads, so that lock-step is plain to read."""
+"""The work that is counted: what the one client asks, and what the backends answer."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-import socket
-import threading
-from collections.abc import Iterator
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any, NamedTuple
 
-LIMIT = 60.0  # s that a socket or a turn may take; only what hangs takes that long
-PIECE = 16384  # bytes of an upload that are sent at once
-MODEL = "llama3.2:1b"
-END = b"\r\n\r\n"
-
-HEADERS = (
-    "Host: proxy.test\r\n"
-    "User-Agent: OpenAI/Python 2.8.1\r\n"
-    "Accept: application/json\r\n"
-    "Accept-Encoding: gzip, deflate\r\n"
-    "Authorization: Bearer sk-of-the-client\r\n"
-    "X-Stainless-Lang: python\r\n"
+from tests.kit import (
+    LAST_CHUNK,
+    SSE_HEAD,
+    BackendConn,
+    RawBackend,
+    RawClient,
+    chunk,
+    event,
+    json_bytes,
+    request,
 )
 
+MODEL = "llama3.2:1b"
+PIECE = 16384  # bytes of an upload that are sent at once; loopback cuts nothing so small
 
-def _answer(body: bytes) -> bytes:
-    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    return head.encode() + END + body
+HEADERS = (  # of OpenAI's own client, less those that change nothing
+    ("Accept", "application/json"),
+    ("Accept-Encoding", "gzip, deflate"),
+    ("Authorization", "Bearer sk-of-the-client"),
+    ("Content-Type", "application/json"),
+    ("User-Agent", "OpenAI/Python 2.8.1"),
+)
 
 
 def _chat(kind: str, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
-    choices = [{"index": 0, "finish_reason": None, "logprobs": None, **choice}]
-    return {
-        "id": "chatcmpl-1",
-        "object": kind,
-        "created": 1,
-        "model": MODEL,
-        "choices": choices,
-        **more,
-    }
+    choices = [{"index": 0, "logprobs": None, "finish_reason": None, **choice}]
+    facts = {"id": "chatcmpl-1", "object": kind, "created": 1, "model": MODEL}
+    return {**facts, "choices": choices, **more}
 
 
-_USAGE = {"prompt_tokens": 21, "completion_tokens": 64, "total_tokens": 85}
-_SAID = {"role": "assistant", "content": "all that was asked " * 20}
-DOCUMENT = _answer(  # 0.7 kB
-    json.dumps(
-        _chat("chat.completion", {"message": _SAID, "finish_reason": "stop"}, usage=_USAGE)
-    ).encode()
-)
-MODELS = _answer(json.dumps({"data": [{"id": MODEL, "owned_by": "counted"}]}).encode())
-STREAM = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
-    b"Transfer-Encoding: chunked" + END
-)
-
-
-def _event(data: str) -> bytes:
-    event = f"data: {data}\n\n".encode()
-    return b"%x\r\n%b\r\n" % (len(event), event)
-
-
-def _token(text: str, finish: str | None = None) -> bytes:
+def _delta(text: str, finish: str | None = None) -> bytes:
     choice = {"delta": {"content": text}, "finish_reason": finish}
-    return _event(json.dumps(_chat("chat.completion.chunk", choice)))
+    return event(_chat("chat.completion.chunk", choice))
 
 
-class Broken(Exception):
-    """The proxy did not do what every count relies on."""
+_MESSAGE = {"role": "assistant", "content": "all that was asked " * 20}
+_USAGE = {"prompt_tokens": 21, "completion_tokens": 64, "total_tokens": 85}
+DOCUMENT = json_bytes(  # 0.7 kB
+    _chat("chat.completion", {"message": _MESSAGE, "finish_reason": "stop"}, usage=_USAGE)
+)
+MODELS = json_bytes({"data": [{"id": MODEL, "owned_by": "counted"}]})
+FILE = json_bytes({"id": "file-1"})
 
 
-class Wire:
-    """A blocking socket and what has been read of it."""
+class Load:
+    """The backends, and the client once the proxy has a port.
 
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock = sock
-        self.data = bytearray()
-
-    def more(self) -> None:
-        piece = self.sock.recv(1 << 18)
-        if not piece:
-            raise EOFError
-        self.data += piece
-
-    def until(self, mark: bytes) -> bytes:
-        """Read up to `mark`, and take it with what is before it."""
-        while (found := self.data.find(mark)) < 0:
-            self.more()
-        return self.take(found + len(mark))
-
-    def take(self, size: int) -> bytes:
-        while len(self.data) < size:
-            self.more()
-        taken = bytes(self.data[:size])
-        del self.data[:size]
-        return taken
-
-
-def _length(head: bytes) -> int:
-    for line in head.split(b"\r\n"):
-        name, _, value = line.partition(b":")
-        if name.lower() == b"content-length":
-            return int(value)
-    raise Broken(f"a head without Content-Length: {head!r}")
-
-
-class Backends:
-    """Some backends, each on a port of its own and with a thread a connection.
-
-    `turn` is released by who has received a piece, and makes the other side send the next one.
+    `probed` counts the questions for models. `_turn` is released by who has received a piece, and
+    lets the other side send the next one.
     """
 
-    def __init__(self, count: int) -> None:
-        self.turn = threading.Semaphore(0)
-        self.probed = threading.Semaphore(0)
-        self._listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-        self._open: list[socket.socket] = []
+    def __init__(self) -> None:
+        self.port = 0
+        self.probed = 0
+        self._turn = asyncio.Semaphore(0)
+        self._asked = 0
+        self._client: RawClient | None = None
+        self._stack = AsyncExitStack()
 
-    @property
-    def urls(self) -> list[str]:
-        return [f"http://127.0.0.1:{sock.getsockname()[1]}" for sock in self._listeners]
+    async def listen(self, count: int) -> list[str]:
+        """Start `count` backends and return their URLs."""
+        backends = [RawBackend(self._script, eager=True) for _ in range(count)]
+        return [(await self._stack.enter_async_context(backend)).url for backend in backends]
 
-    def __enter__(self) -> Self:
-        for listener in self._listeners:
-            threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
-        return self
+    async def aclose(self) -> None:
+        await self._leave()
+        await self._stack.aclose()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for sock in [*self._listeners, *self._open]:
-            sock.close()
+    # -- the backends
 
-    def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                sock, _ = listener.accept()
-            except OSError:  # closed
-                return
-            self._open.append(sock)
-            threading.Thread(target=self._serve, args=(Wire(sock),), daemon=True).start()
+    async def _script(self, conn: BackendConn) -> None:
+        while (got := await conn.head_only()) is not None:
+            if got.target == b"/v1/files":
+                await conn.read_body(got, self._counted())
+                await conn.send(FILE)
+                continue
+            await conn.read_body(got)
+            if got.target == b"/v1/models":
+                await conn.send(MODELS)
+                self.probed += 1
+            elif got.json["stream"]:
+                await self._stream(conn, got.json["max_tokens"])
+            else:
+                await conn.send(DOCUMENT)
 
-    def _serve(self, wire: Wire) -> None:
-        try:
-            while True:
-                head = wire.until(END)
-                target = head.split(b" ", 2)[1]
-                if target == b"/v1/models":
-                    wire.sock.sendall(MODELS)
-                    self.probed.release()
-                elif target == b"/v1/files":
-                    self._upload(wire, _length(head))
-                else:
-                    self._chat(wire, json.loads(wire.take(_length(head))))
-        except (EOFError, OSError):
-            wire.sock.close()
+    async def _stream(self, conn: BackendConn, tokens: int) -> None:
+        # The proxy holds a stream until its first content: nobody can wait for what is before it.
+        await conn.send(SSE_HEAD + chunk(_delta("")) + chunk(_delta("first")))
+        for number in range(1, tokens):
+            await self._turn.acquire()
+            await conn.send(chunk(_delta(f" word{number}")))
+        await self._turn.acquire()
+        await conn.send(chunk(_delta("", "stop")))
+        await self._turn.acquire()
+        await conn.send(chunk(b"data: [DONE]\n\n") + LAST_CHUNK)
 
-    def _chat(self, wire: Wire, asked: dict[str, Any]) -> None:
-        if not asked["stream"]:
-            wire.sock.sendall(DOCUMENT)
-            return
-        # The proxy holds a stream until its first content, so nobody can wait for what is before it.
-        wire.sock.sendall(STREAM + _token("") + _token("first"))
-        for number in range(asked["max_tokens"]):
-            self._wait()
-            wire.sock.sendall(_token(f" word{number}"))
-        self._wait()
-        wire.sock.sendall(_token("", "stop"))
-        self._wait()
-        wire.sock.sendall(_event("[DONE]") + b"0" + END)
+    def _counted(self) -> Callable[[bytes], None]:
+        left = PIECE
 
-    def _upload(self, wire: Wire, left: int) -> None:
-        while left:
-            left -= len(wire.take(min(left, PIECE)))
-            self.turn.release()
-        wire.sock.sendall(_answer(b'{"id": "file-1"}'))
+        def sink(data: bytes) -> None:
+            nonlocal left
+            left -= len(data)
+            while left <= 0:
+                left += PIECE
+                self._turn.release()
 
-    def _wait(self) -> None:
-        if not self.turn.acquire(timeout=LIMIT):
-            raise OSError("the client did not get the token before")
+        return sink
 
+    # -- the client
 
-class Client:
-    """The one client: what it asks, and how it waits for each piece."""
-
-    def __init__(self, port: int, backends: Backends) -> None:
-        self._port = port
-        self._backends = backends
-        self._number = 0
-        self._wire: Wire | None = None
-
-    def json(self, count: int) -> None:
-        """`count` documents over one connection."""
+    async def json(self, count: int) -> None:
+        """Ask for `count` documents over one connection."""
         for _ in range(count):
-            self._document(self._connection())
+            await self._document(await self._connected())
 
-    def connect(self, count: int) -> None:
-        """`count` documents, each over a connection of its own."""
+    async def connect(self, count: int) -> None:
+        """Ask for `count` documents, each over a connection of its own."""
         for _ in range(count):
-            self.close()
-            self._document(self._connection())
-        self.close()
+            await self._leave()
+            await self._document(await self._connected())
+        await self._leave()
 
-    def exchange(self, count: int) -> None:
-        """`count` streams of a single token."""
+    async def exchange(self, count: int) -> None:
+        """Ask for `count` streams of one token, over one connection."""
         for _ in range(count):
-            self._stream(0)
+            await self._streamed(1)
 
-    def token(self, count: int) -> None:
-        """One stream of `count` tokens."""
-        self._stream(count)
+    async def token(self, count: int) -> None:
+        """Ask for one stream of `count` tokens."""
+        await self._streamed(count)
 
-    def upload(self, count: int) -> None:
-        """One request with a body of `count` pieces of 16 KiB."""
-        wire = self._connection()
-        self._send(wire, "/v1/files", count * PIECE, b"")
-        for _ in range(count):
-            wire.sock.sendall(bytes(PIECE))
-            if not self._backends.turn.acquire(timeout=LIMIT):
-                raise Broken("the backend did not get a piece of the upload")
-        self._read(wire)
+    async def upload(self, count: int) -> None:
+        """Send one body of `count` pieces."""
+        client = await self._connected()
+        whole = request("POST", "/v1/files", HEADERS, bytes(count * PIECE))
+        # Together with the first piece: alone, the head would at times be read alone.
+        first = len(whole) - (count - 1) * PIECE
+        await client.send(whole[:first])
+        await self._turn.acquire()
+        for start in range(first, len(whole), PIECE):
+            await client.send(whole[start : start + PIECE])
+            await self._turn.acquire()
+        await self._read(client)
 
-    def close(self) -> None:
-        if self._wire is not None:
-            self._wire.sock.close()
-        self._wire = None
+    async def _connected(self) -> RawClient:
+        if self._client is None:
+            self._client = await RawClient(self.port).__aenter__()
+        return self._client
 
-    def _connection(self) -> Wire:
-        if self._wire is None:
-            self._wire = Wire(socket.create_connection(("127.0.0.1", self._port), LIMIT))
-        return self._wire
+    async def _leave(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.__aexit__(None, None, None)
 
-    def _send(self, wire: Wire, target: str, size: int, body: bytes) -> None:
-        length = f"Content-Type: application/json\r\nContent-Length: {size}"
-        head = f"POST {target} HTTP/1.1\r\n{HEADERS}{length}"
-        wire.sock.sendall(head.encode() + END + body)
+    async def _document(self, client: RawClient) -> None:
+        await client.send(self._question(False, 64))
+        await self._read(client)
 
-    def _ask(self, wire: Wire, stream: bool, tokens: int) -> None:
-        self._number += 1  # no two bodies are alike
-        messages = [{"role": "user", "content": f"What is {self._number} times two?"}]
-        body = {"model": MODEL, "messages": messages, "stream": stream, "max_tokens": tokens}
-        sent = json.dumps(body).encode()
-        self._send(wire, "/v1/chat/completions", len(sent), sent)
+    async def _streamed(self, tokens: int) -> None:
+        client = await self._connected()
+        await client.send(self._question(True, tokens))
+        answer = await client.head()
+        assert answer.status == 200, answer
+        await client.read_until(b"\n\n")
+        for _ in range(tokens + 1):  # and the finish
+            await client.read_until(b"\n\n")
+            self._turn.release()
+        await client.read_until(b"data: [DONE]\n\n\r\n" + LAST_CHUNK)
 
-    def _document(self, wire: Wire) -> None:
-        self._ask(wire, False, 64)
-        self._read(wire)
+    async def _read(self, client: RawClient) -> None:
+        answer = await client.response("POST")
+        assert answer.status == 200, answer
+        assert answer.complete, answer
 
-    def _read(self, wire: Wire) -> None:
-        head = wire.until(END)
-        body = wire.take(_length(head))
-        if not head.startswith(b"HTTP/1.1 200 "):
-            raise Broken(f"not answered: {head!r} {body!r}")
+    def _question(self, stream: bool, tokens: int) -> bytes:
+        self._asked += 1  # no two bodies are alike
+        messages = [{"role": "user", "content": f"What is {self._asked} times two?"}]
+        body = {"model": MODEL, "messages": messages, "max_tokens": tokens, "stream": stream}
+        return request("POST", "/v1/chat/completions", HEADERS, json.dumps(body).encode())
 
-    def _stream(self, tokens: int) -> None:
-        wire = self._connection()
-        self._ask(wire, True, tokens)
-        head = wire.until(END)
-        if not head.startswith(b"HTTP/1.1 200 "):
-            raise Broken(f"not answered: {head!r}")
-        wire.until(b"\n\n")
-        for _ in range(tokens + 2):  # the first content, the tokens, the finish
-            wire.until(b"\n\n")
-            self._backends.turn.release()
-        wire.until(b"[DONE]")
-        wire.until(b"0" + END)
+
+class Mode(NamedTuple):
+    """A kind of work, and how much of it makes a count."""
+
+    unit: str  # what its figures are of
+    work: Callable[[Load, int], Awaitable[None]]
+    units: int
+    base: int = 0  # units that are taken off, of work that has more to it than its units
+
+
+MODES = {
+    "json": Mode("request on an open connection", Load.json, 20),
+    "connect": Mode("request and its connection", Load.connect, 20),
+    "exchange": Mode("streamed answer of one token", Load.exchange, 20),
+    "token": Mode("further token of a stream", Load.token, 101, base=1),
+    "upload": Mode("further 16 KiB of an upload", Load.upload, 21, base=1),
+}

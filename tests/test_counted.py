@@ -1,0 +1,70 @@
+"""The gate: no request and no token costs a tenth more calls or bytecode than what is kept.
+
+`tests.counted` says what is counted; nothing here is timed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import uvloop
+
+from .counted import kept
+from .counted.count import Figure, proxy
+from .counted.dear import OPCODES_A_TURN
+from .counted.load import MODES
+
+KEPT = kept.read()
+
+
+async def measured(*modes: str, middleware: tuple[dict[str, Any], ...] = ()) -> dict[str, Figure]:
+    async with proxy(*middleware) as running:
+        return {mode: await running.figure(mode) for mode in modes}
+
+
+@pytest.fixture(scope="module")
+def found() -> Mapping[str, Figure]:
+    """The figures of the code as it is."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(measured(*MODES))
+
+
+@pytest.mark.skipif(
+    KEPT.python != kept.PYTHON and not os.environ.get("CI"),
+    reason=f"the figures kept are those of Python {KEPT.python}, whose bytecode is its own",
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_cost_when_counted_is_what_is_kept(mode: str, found: Mapping[str, Figure]) -> None:
+    """A share over or under: see `kept`. In CI it is never skipped."""
+    assert KEPT.python == kept.PYTHON, "CI runs another Python: `make count KEEP=1` with that one"
+    assert mode in KEPT.figures, "nothing is kept for it: `make count KEEP=1`"
+    problems = list(kept.problems(mode, KEPT.figures[mode], found[mode]))
+    assert not problems, "\n".join(problems)
+
+
+def test_kept_figures_are_of_modes_that_there_are() -> None:
+    assert set(KEPT.figures) <= set(MODES)
+
+
+async def test_cost_when_counted_again_is_the_same(found: Mapping[str, Figure]) -> None:
+    again = await measured("json", "token")
+    for mode, figure in again.items():
+        assert figure == pytest.approx(found[mode], rel=0.03), mode
+
+
+@pytest.mark.parametrize(("what", "share"), [("calls", 0.05), ("calls", 0.15), ("opcodes", 0.15)])
+async def test_gate_when_the_proxy_is_made_dearer_fails_from_a_tenth_on(
+    what: str, share: float, found: Mapping[str, Figure]
+) -> None:
+    """Bytecode that calls nothing is seen, too; and what falls so far is to be kept."""
+    extra = getattr(found["json"], what) * share
+    dear = {"calls": round(extra)} if what == "calls" else {"turns": round(extra / OPCODES_A_TURN)}
+    dearer = (await measured("json", middleware=({"dear": dear},)))["json"]
+    assert getattr(kept.changes(found["json"], dearer), what) == pytest.approx(share, abs=0.03)
+    problems = list(kept.problems("json", found["json"], dearer))
+    assert bool(problems) is (share > kept.ROOM), problems
+    assert bool(list(kept.problems("json", dearer, found["json"]))) is (share > kept.ROOM)
