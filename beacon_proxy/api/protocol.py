@@ -54,11 +54,19 @@ class Request:
     __slots__ = ("headers", "http11", "keep_alive", "method", "target", "upload")
 
     def __init__(
-        self, method: bytes, target: bytes, headers: Headers, http11: bool, upload: Upload
+        self,
+        method: bytes,
+        target: bytes,
+        headers: Headers,
+        http11: bool,
+        keep_alive: bool,
+        upload: Upload,
     ) -> None:
-        self.method, self.target, self.headers = method, target, headers
+        self.method = method
+        self.target = target
+        self.headers = headers
         self.http11 = http11
-        self.keep_alive = False
+        self.keep_alive = keep_alive
         self.upload = upload
 
 
@@ -100,6 +108,12 @@ class _TooLarge(_Malformed):
     """The head is larger than we take."""
 
 
+def _check_size(fields: list[tuple[bytes, bytes]]) -> None:
+    sizes = [len(name) + len(value) for name, value in fields]
+    if len(sizes) > FIELDS_CAP or sum(sizes) > HEAD_CAP or max(sizes, default=0) > LINE_CAP:
+        raise _TooLarge("the header section is too large")
+
+
 _BODY, _AHEAD = 1, 2  # why the client is not read: its body has no taker, or its turn has not come
 
 
@@ -119,7 +133,6 @@ class ClientConnection(asyncio.Protocol):
         "_closing",
         "_fields",
         "_framing_size",
-        "_headed",
         "_keeps",
         "_limit",
         "_lingers",
@@ -145,7 +158,6 @@ class ClientConnection(asyncio.Protocol):
         self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._target = b""
         self._fields: list[tuple[bytes, bytes]] = []
-        self._headed = False  # what comes from the parser now is a body, or trailers
         self._framing_size = 0  # bytes since the last message, or of the wire for the body
         self._receiving: Request | None = None  # whose body comes
         self._request: Request | None = None  # that is being answered, or lingers
@@ -254,7 +266,8 @@ class ClientConnection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         self._target = b""
         self._fields = []
-        self._headed = False
+        if self._queue or self._request is not None:
+            self._framing_size = LINE_CAP + 1  # part of it came with the one before: look at all
 
     def on_url(self, data: bytes) -> None:
         self._target += data
@@ -262,24 +275,27 @@ class ClientConnection(asyncio.Protocol):
             raise _TooLarge("the request line is too large")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._headed:
-            return  # a trailer; RFC 9110 6.5.1 lets a gateway drop it
         self._fields.append((name, value.strip(b" \t")))
-        if len(name) + len(value) > LINE_CAP or len(self._fields) > FIELDS_CAP:
-            raise _TooLarge("the header section is too large")
 
     def on_headers_complete(self) -> None:
-        parser = self._parser
+        parser, fields = self._parser, self._fields
         assert parser is not None
-        self._headed = True
+        if self._framing_size > LINE_CAP or len(fields) > FIELDS_CAP:
+            _check_size(fields)
+        self._fields = []  # what comes now are trailers: RFC 9110 6.5.1 lets a gateway drop them
         self._framing_size = 0
         version = parser.get_http_version()
-        if version not in ("1.1", "1.0"):
+        http11 = version == "1.1"
+        if not http11 and version != "1.0":
             raise _Malformed("unknown HTTP version")
         request = Request(
-            parser.get_method(), self._target, tuple(self._fields), version == "1.1", Upload(self)
+            parser.get_method(),
+            self._target,
+            tuple(fields),
+            http11,
+            parser.should_keep_alive(),
+            Upload(self),
         )
-        request.keep_alive = parser.should_keep_alive()
         self._receiving = request
         self._queue.append(request)
 

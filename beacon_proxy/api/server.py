@@ -16,7 +16,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from ..contracts import Clock, Dialect, End, Exchange, Headers
-from ..errors import BadRequest, HeadTooLarge, MethodNotAllowed, ProxyError
+from ..errors import BadRequest, MethodNotAllowed, ProxyError
 from ..ops.telemetry import Telemetry
 from ..routing.attempt import Attempt
 from ..routing.chooser import Run
@@ -31,7 +31,7 @@ from .cors import Cors
 from .intake import is_json, look, path_of, read_hints, read_target, route_of
 from .naming import answered_by
 from .own import OwnRoute, OwnRoutes
-from .protocol import HEAD_CAP, ClientConnection, Request, Tunnel
+from .protocol import ClientConnection, Request, Tunnel
 
 _JSON = (b"Content-Type", b"application/json")
 _SERVER = (b"Server", b"beacon-proxy")
@@ -223,8 +223,6 @@ class Api:
         headers, http11 = request.headers, request.http11
         head, fault = None, None
         try:
-            if sum([len(n) + len(v) for n, v in headers]) > HEAD_CAP:
-                raise HeadTooLarge("the header section is too large")
             head = read_request_head(headers, http11)
         except ProxyError as exc:
             fault = exc

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from ..contracts import Headers
 from ..errors import BadRequest
@@ -49,51 +49,42 @@ _HOST = re.compile(rb"(?:[A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(?::[0-
 _BAD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
-# What becomes of a field, by its name.
-_PASSES, _REBUILT, _HINT, _HOP, _DISGUISED, _LENGTH, _TYPE, _CODING, _ACCEL = range(9)
+# What becomes of a field, by its name. It passes as it is where nothing is to be learnt from it; up
+# to _ACCEL it passes, too; the others are answered here, or made anew for each attempt.
+_PLAIN, _LENGTH, _TYPE, _CODING, _ACCEL, _REBUILT, _HINT, _HOP, _DISGUISED = range(9)
 _KINDS = {
-    **dict.fromkeys(HOP_BY_HOP, _HOP),
-    # Read and answered by the proxy, or rebuilt for each attempt.
-    **dict.fromkeys((b"expect", b"host", b"via", b"x-request-id", b"max-forwards"), _REBUILT),
-    **dict.fromkeys((b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto"), _REBUILT),
-    # A backend that knows `_` as `-` (WSGI, CGI) would read these as framing.
-    **dict.fromkeys((b"content_length", b"transfer_encoding", b"content-length_"), _DISGUISED),
     b"content-length": _LENGTH,
     b"content-type": _TYPE,
     b"content-encoding": _CODING,
     b"x-accel-buffering": _ACCEL,
+    **dict.fromkeys((b"expect", b"host", b"via", b"x-request-id", b"max-forwards"), _REBUILT),
+    **dict.fromkeys((b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto"), _REBUILT),
+    **dict.fromkeys(HOP_BY_HOP, _HOP),
+    # A backend that knows `_` as `-` (WSGI, CGI) would read these as framing.
+    **dict.fromkeys((b"content_length", b"transfer_encoding", b"content-length_"), _DISGUISED),
 }
 _KNOWN_MOST, _KNOWN_LONGEST = 4096, 64  # spellings remembered, bytes of each
 _HARMLESS = frozenset({b"keep-alive", b"Keep-Alive", b"close"})  # values that name no field
-_known: dict[bytes, tuple[int, bytes]] = {}
+_known: dict[bytes, int] = {}  # names are few and come again: each spelling is looked at once
 _good_hosts: set[bytes] = set()
 
 
-def kind_of(name: bytes) -> tuple[int, bytes]:
-    """The kind of a field and its lower-case name.
-
-    Names are few and come again and again: a spelling is looked at once.
-    """
-    found = _known.get(name)
-    if found is None:
-        lower = name.lower()
-        kind = _HINT if lower.startswith(b"x-beacon-") else _KINDS.get(lower, _PASSES)
-        found = kind, lower
-        if len(name) <= _KNOWN_LONGEST:
-            if len(_known) >= _KNOWN_MOST:
-                _known.clear()
-            _known[name] = found
-    return found
-
-
-Fields = list[tuple[bytes, bytes, bytes]]  # (lower-case name, name, value)
+def _kind_of(name: bytes) -> int:
+    lower = name.lower()
+    kind = _HINT if lower.startswith(b"x-beacon-") else _KINDS.get(lower, _PLAIN)
+    if len(name) <= _KNOWN_LONGEST:
+        if len(_known) >= _KNOWN_MOST:
+            _known.clear()
+        _known[name] = kind
+    return kind
 
 
 class RequestHead:
     """A client's header section, read once for the exchange.
 
     Attributes:
-        fields: what passes to any backend.
+        headers: every field, less those that `Connection` names.
+        parts: of the lines that pass to any backend, to be joined.
         rebuilt: name to value of what is answered here or made anew; repeats joined.
         hints: x-beacon-* without the prefix.
         length: Content-Length.
@@ -103,16 +94,18 @@ class RequestHead:
     __slots__ = (
         "chunked",
         "content_type",
-        "fields",
+        "headers",
         "hints",
         "length",
+        "parts",
         "rebuilt",
         "te_trailers",
         "upgrade",
     )
 
-    def __init__(self) -> None:
-        self.fields: Fields = []
+    def __init__(self, headers: Headers) -> None:
+        self.headers = headers
+        self.parts: list[bytes] = []
         self.rebuilt: dict[bytes, bytes] = {}
         self.hints: dict[bytes, bytes] = {}
         self.length: int | None = None
@@ -127,19 +120,23 @@ def read_request_head(headers: Headers, http11: bool) -> RequestHead:
     Raises:
         BadRequest: framing or Host that two parsers could read in two ways.
     """
-    head = RequestHead()
-    fields, rebuilt = head.fields, head.rebuilt
+    head = RequestHead(headers)
+    parts, known = head.parts, _known
     connection = b""
     for name, value in headers:
-        kind, lower = _known.get(name) or kind_of(name)
-        if kind == _PASSES:
-            fields.append((lower, name, value))
+        kind = known.get(name)
+        if kind is None:
+            kind = _kind_of(name)
+        if kind <= _ACCEL:
+            if kind == _LENGTH:
+                head.length = _read_length(head.length, value)
+            elif kind == _TYPE and head.content_type is None:
+                head.content_type = value
+            parts += (name, b": ", value, b"\r\n")
         elif kind == _REBUILT:
-            old = rebuilt.get(lower)
-            if old is not None and lower == b"host":
-                raise BadRequest("more than one Host header")
-            rebuilt[lower] = value if old is None else old + b", " + value
+            _rebuild(head.rebuilt, name.lower(), value)
         elif kind == _HOP:
+            lower = name.lower()
             if lower == b"connection":
                 connection = value if not connection else connection + b"," + value
             elif lower == b"transfer-encoding":
@@ -149,18 +146,12 @@ def read_request_head(headers: Headers, http11: bool) -> RequestHead:
             elif lower == b"upgrade":
                 head.upgrade = value.lower()
         elif kind == _HINT:
-            head.hints[lower[9:]] = value
-        elif kind == _DISGUISED:
-            raise BadRequest("ambiguous framing header")
+            head.hints[name[9:].lower()] = value
         else:
-            if kind == _LENGTH:
-                head.length = _read_length(head.length, value)
-            elif kind == _TYPE and head.content_type is None:
-                head.content_type = value
-            fields.append((lower, name, value))
+            raise BadRequest("ambiguous framing header")
     if head.chunked and head.length is not None:
         raise BadRequest("both Content-Length and Transfer-Encoding")
-    host = rebuilt.get(b"host")
+    host = head.rebuilt.get(b"host")
     if host is None:
         if http11:
             raise BadRequest("missing Host header")
@@ -173,6 +164,15 @@ def read_request_head(headers: Headers, http11: bool) -> RequestHead:
     elif connection not in _HARMLESS or head.upgrade is not None or head.te_trailers:
         _obey_connection(head, connection.lower())
     return head
+
+
+def _rebuild(rebuilt: dict[bytes, bytes], name: bytes, value: bytes) -> None:
+    old = rebuilt.get(name)
+    if old is not None:
+        if name == b"host":
+            raise BadRequest("more than one Host header")
+        value = old + b", " + value
+    rebuilt[name] = value
 
 
 def _read_transfer_encoding(head: RequestHead, value: bytes, http11: bool) -> None:
@@ -201,9 +201,21 @@ def _obey_connection(head: RequestHead, tokens: bytes) -> None:
     if b"upgrade" not in named or head.upgrade != b"websocket":
         head.upgrade = None
     dropped = named - _NEVER_BY_CONNECTION
-    head.fields = [field for field in head.fields if field[0] not in dropped]
+    if any(name.lower() in dropped for name, _ in head.headers):
+        head.headers = tuple(pair for pair in head.headers if pair[0].lower() not in dropped)
+        head.parts = _passing(head.headers, dropped)
     if b"te" not in named:
         head.te_trailers = False
+
+
+def _passing(headers: Headers, dropped: Container[bytes]) -> list[bytes]:
+    """Parts of the lines that pass, less those of the lower-case names in `dropped`."""
+    parts: list[bytes] = []
+    for name, value in headers:
+        kind = _known.get(name)
+        if (_kind_of(name) if kind is None else kind) <= _ACCEL and name.lower() not in dropped:
+            parts += (name, b": ", value, b"\r\n")
+    return parts
 
 
 def request_bytes(
@@ -222,15 +234,19 @@ def request_bytes(
             empty value only takes the client's away.
         forwarded: the lines that `forwarded_lines` made, the same for every attempt.
     """
-    fields = head.fields
+    lines = head.parts
     if added:
-        replaced = {name.lower() for name, _ in added}
-        fields = [field for field in fields if field[0] not in replaced]
-    parts = [method.encode("ascii"), b" ", target, b" HTTP/1.1\r\nHost: ", host, b"\r\n"]
-    for _, name, value in fields:
-        parts += (name, b": ", value, b"\r\n")
-    if added:
-        parts.append(field_lines(added))
+        lines = _passing(head.headers, {name.lower() for name, _ in added})
+        lines.append(field_lines(added))
+    parts = [
+        method.encode("ascii"),
+        b" ",
+        target,
+        b" HTTP/1.1\r\nHost: ",
+        host,
+        b"\r\n",
+        *lines,
+    ]
     if head.chunked:
         parts.append(b"Transfer-Encoding: chunked\r\n")
     if head.upgrade is not None:
@@ -258,6 +274,11 @@ def forwarded_lines(head: RequestHead, *, request_id: bytes, client: str) -> byt
     """
     known = head.rebuilt
     address = client.encode("ascii", "replace")
+    if len(known) == 1 and b"host" in known and not head.te_trailers:  # nobody before us
+        return (
+            b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Host: %b\r\n"
+            b"Via: 1.1 beacon-proxy\r\nX-Request-Id: %b\r\n\r\n"
+        ) % (address, known[b"host"], request_id)
     before = known.get(b"x-forwarded-for")
     via = known.get(b"via")
     parts = [
@@ -330,34 +351,39 @@ class AnswerHead:
         self.coding: bytes | None = None
         self.chunked = self.special = self.accel = False
         self.parts: list[bytes] = []
-        parts = self.parts
+        parts, known = self.parts, _known
         for name, value in headers:
-            kind, lower = _known.get(name) or kind_of(name)
-            if kind == _HOP:
-                if lower == b"transfer-encoding":
-                    if self.chunked or not http11 or value.lower() != b"chunked":
-                        raise ValueError("unknown or repeated Transfer-Encoding")
-                    self.chunked = True
-                elif lower == b"connection" or lower == b"trailer":
-                    self.special = self.special or value not in _HARMLESS
-                continue
-            if kind == _HINT or lower == b"x-request-id":
-                continue  # these tell of this proxy's own exchange: one value only
-            if kind == _LENGTH:
-                if self.length is not None or not value.isdigit() or len(value) > 18:
-                    raise ValueError("invalid Content-Length")
-                self.length = int(value)
-            elif kind == _TYPE:
-                if self.content_type is None:
-                    self.content_type = value
-            elif kind == _CODING:
-                if self.coding is None:
-                    self.coding = value
-            elif kind == _ACCEL:
-                self.accel = True
+            kind = known.get(name)
+            if kind is None:
+                kind = _kind_of(name)
+            if kind:
+                if kind >= _REBUILT:
+                    if kind == _HOP:
+                        self._read_hop(name.lower(), value, http11)
+                        continue
+                    if kind == _HINT or name.lower() == b"x-request-id":
+                        continue  # these tell of this proxy's own exchange: one value only
+                elif kind == _LENGTH:
+                    if self.length is not None or not value.isdigit() or len(value) > 18:
+                        raise ValueError("invalid Content-Length")
+                    self.length = int(value)
+                elif kind == _TYPE:
+                    self.content_type = self.content_type or value
+                elif kind == _CODING:
+                    self.coding = self.coding or value
+                else:
+                    self.accel = True
             parts += (name, b": ", value, b"\r\n")
         if self.chunked and self.length is not None:
             raise ValueError("both Content-Length and Transfer-Encoding")
+
+    def _read_hop(self, name: bytes, value: bytes, http11: bool) -> None:
+        if name == b"transfer-encoding":
+            if self.chunked or not http11 or value.lower() != b"chunked":
+                raise ValueError("unknown or repeated Transfer-Encoding")
+            self.chunked = True
+        elif name == b"trailer" or (name == b"connection" and value not in _HARMLESS):
+            self.special = True
 
 
 def answer_lines(headers: Headers, *, trailers_pass: bool) -> bytes:
