@@ -147,7 +147,7 @@ class Cost:
 
     def _pool(self, exchange: Exchange, backend: Backend) -> _Pool | None:
         """The pool that the exchange counts in; None: the blend does not decide it."""
-        if self._mode(exchange) != "blend":
+        if exchange.cost_priority is not None or self.default != "blend":
             return None
         return self._ledger.pools.get(backend.pool)
 
@@ -238,9 +238,12 @@ class _Ledger:
             self._weigh(pool, amount)
         self.credit += pool.step * amount
         # The standing is capped, not the credit: that swings with the order in which a burst ends.
-        standing = self._standing()
-        reach = self._reach * max(self._baseline.mean, self._burst.mean)
-        self.credit += min(max(standing, -reach), reach) - standing
+        standing, one, other = self._standing(), self._baseline.mean, self._burst.mean
+        reach = self._reach * (one if one > other else other)
+        if standing > reach:
+            self.credit += reach - standing
+        elif standing < -reach:
+            self.credit -= reach + standing
 
     def _standing(self) -> float:
         """Return the credit as it will be once all that runs has been served."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from beacon_proxy.contracts import Clock, Exchange, Notify, Outcome, Verdict, tell_nobody
 
-_GOOD = Verdict.GOOD  # looked up once: it costs more than all else in `observe`
+_GOOD = Verdict.GOOD  # looked up once: a member of an enumeration is slow to reach
 _SLOTS = 10
 _SLOT = 1.0  # s; ten of them make the window
 _FIRST_WAIT = 0.025  # s, the bound of the first backoff

@@ -57,7 +57,10 @@ from beacon_proxy.contracts import (
     tell_nobody,
 )
 
-_GOOD, _BUSY = Verdict.GOOD, Verdict.BUSY  # looked up once: that is slow
+_GOOD, _BUSY = (
+    Verdict.GOOD,
+    Verdict.BUSY,
+)  # looked up once: a member of an enumeration is slow to reach
 _REST = 1.0  # s, for a backend that pushed back without saying for how long
 _LONG = 5.0  # s of rest that an operator is told of
 _PANIC_PAUSE = 10.0  # s between two words of panic

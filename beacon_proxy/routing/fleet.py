@@ -25,6 +25,7 @@ from ..contracts import (
 )
 from ..wire.pool import tls_context
 
+_GOOD = Verdict.GOOD  # looked up once: a member of an enumeration is slow to reach
 _LACKING_TIME = 300.0  # s that a model stays unlikely on a backend that said it has not got it
 _LACKING_MOST = 256  # models remembered so, a backend
 _FIRST_GUESS = 5.0  # s, for the price of an answer while none has been seen
@@ -98,7 +99,7 @@ class Fleet:
     def note(self, exchange: Exchange, outcome: Outcome, live: Live) -> None:
         """Learn latency and success from one attempt."""
         live.last_used = self.now()
-        if outcome.verdict is Verdict.GOOD:
+        if outcome.verdict is _GOOD:
             live.success += _WEIGHT * (1.0 - live.success)
             live.duration += (_WEIGHT if live.duration else 1.0) * (
                 outcome.duration - live.duration
