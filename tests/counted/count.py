@@ -85,16 +85,23 @@ class Proxy:
         }
 
     async def seconds(self, mode: str) -> dict[str, float]:
-        """Own seconds a unit, by function; those of cProfile, whose work is in them."""
+        """Own CPU seconds a unit, by function; cProfile's, whose work is in them."""
         work = MODES[mode]
         await self._tell("time")
         await self._work(work, work.units)
-        return {name: spent / work.units for name, spent in await self._tell("stop")}
+        spent: dict[str, float] = {}
+        for name, seconds in await self._tell("stop"):
+            spent[name] = spent.get(name, 0.0) + seconds / work.units
+        return spent
 
     async def _counted(self, work: Mode, units: int) -> dict[str, Count]:
         await self._tell("count")
         await self._work(work, units)
-        return {name: Count(*counts) for name, *counts in await self._tell("stop")}
+        counts: dict[str, Count] = {}
+        for name, *found in await self._tell("stop"):  # functions may share a name
+            before = counts.get(name, Count())
+            counts[name] = Count(*(a + b for a, b in zip(before, found, strict=True)))
+        return counts
 
     async def _work(self, work: Mode, units: int) -> None:
         if units:
