@@ -59,7 +59,7 @@ def main() -> None:
         "profile",
         help="the functions behind the figure of a mode",
         description="calls and opcodes are the function's own; inclusive: opcodes with those of"
-        " what it calls; us: its own CPU time by cProfile, whose work is in it, in a run of its own.",
+        " what it calls; us: its own time by cProfile, the least of several uncounted runs.",
     )
     command.add_argument("mode", choices=MODES)
     command.add_argument("--by", choices=COLUMNS, default="calls", help="default: calls")

@@ -11,7 +11,6 @@ import cProfile
 import json
 import socket
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType, ModuleType
@@ -81,10 +80,10 @@ class Counter:
 
 
 class Timer:
-    """CPU seconds of the thread by function, as cProfile sees them."""
+    """Seconds by function, as cProfile sees them."""
 
     def __init__(self) -> None:
-        self._profile = cProfile.Profile(time.thread_time_ns, 1e-9)
+        self._profile = cProfile.Profile()
 
     def start(self) -> None:
         self._profile.enable()
