@@ -11,7 +11,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import ensurepip, ssl, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help install run test check count format lock clean
+.PHONY: help install run test check count bench format lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo 'make install  .venv/bin/beacon-proxy alone'
 	@echo 'make format   put the code into the format that `make check` asks for'
 	@echo 'make lock     take the newest versions that setup.cfg allows into the lock files'
+	@echo 'make bench    install the peers (800 MB), measure them and the proxy; BENCH_ARGS=… for a part of it'
 	@echo 'make clean    remove .venv and every cache'
 
 install: $(DONE)/package
@@ -95,6 +96,10 @@ lock: $(DONE)/venv
 		| $(LOCK) --no-deps -o build/model.lock - && cat build/model.lock >> requirements-demo.lock
 	@sed -n 's/^requires = \["\(.*\)"\]/\1/p' pyproject.toml | $(LOCK) -o requirements-build.lock -
 	@git --no-pager diff --stat -- '*.lock' 2>/dev/null || true
+
+# Load and mock backend on one core, each contender in its turn on the other; see bench/__init__.py.
+bench: $(DONE)/package
+	@$(BIN)/python -m bench $(BENCH_ARGS)
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

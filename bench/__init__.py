@@ -1,0 +1,17 @@
+"""What the proxy costs, next to its peers, on the same work of the same run: `make bench`.
+
+The load and the mock backend share one core, the proxy under test has another for itself. The
+figures are CPU seconds of its whole process tree for each request and each token, for they hold on
+a machine that does other things, too; latency and memory stand beside them. Contenders take turns
+(A B C, A B C, …), so that a slow minute is everybody's.
+
+    work.py        what is asked and answered: bytes, and how a wrong answer is told
+    framing.py     HTTP/1.1 as the load and the backend read it
+    backend.py     the mock backend, a process
+    load.py        the load, a process: documents and streams; transfer.py: 100 MB; soak.py: faults
+    processes.py   a contender's process tree: start, pin, count, stop
+    peers.py       installs the peers; contenders.py: how an operator configures and starts each
+    modes.py       what each mode runs and measures
+    results.py     medians, noise, ratios, merging; targets.py: what must be reached
+    report.py      RESULTS.md and the README's table; plot.py: the picture
+"""

@@ -1,0 +1,186 @@
+"""The mock backend: one process, several listeners, one loop. It costs little and answers at once.
+
+    python -m bench.backend '{"listeners": 5, "tokens": 300, "interval": 0.02}'
+
+prints its ports as one line of JSON and serves until it is told to stop; SIGUSR1 ends the streams
+under way, each with how many tokens it had. What it answers:
+
+    POST /v1/chat/completions   a document, or the tokens of a stream, one each `interval` s
+    GET /v1/models, /health     what health checks ask for
+    GET /v1/files/N/content     N bytes;  POST /v1/files: how many bytes came, and their CRC-32
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import uvloop
+
+from . import work
+from .framing import END_OF_HEAD, Chunks, length_of
+
+SLOT = 0.001  # s; the timers of the loop know no less
+
+
+@dataclass
+class Spec:
+    """How the backend behaves; what is not given is not done."""
+
+    listeners: int = 5
+    tokens: int = 0  # of a stream; 0: until SIGUSR1 ends all streams
+    interval: float = 0.02  # s between two tokens
+
+
+class Pacer:
+    """Sends each stream its token every `interval` s, without a timer for each.
+
+    A stream is put into the slot of the millisecond in which it came: the streams keep the phases
+    in which their clients sent them, and none drifts.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:
+        self._loop = loop
+        self._slots: list[set[Stream]] = [set() for _ in range(max(1, round(interval / SLOT)))]
+        self._began = loop.time()
+        self._at = 0  # the slot, counted from the beginning, that was served last
+        self._tick()
+
+    def add(self, stream: Stream) -> None:
+        stream.slot = self._slots[self._now() % len(self._slots)]
+        stream.slot.add(stream)
+
+    def end_all(self) -> None:
+        for slot in self._slots:
+            for stream in tuple(slot):
+                stream.end()
+
+    def _now(self) -> int:
+        return int((self._loop.time() - self._began) / SLOT)
+
+    def _tick(self) -> None:
+        now = self._now()
+        for at in range(max(self._at, now - len(self._slots)) + 1, now + 1):
+            for stream in tuple(self._slots[at % len(self._slots)]):
+                stream.token()
+        self._at = now
+        self._loop.call_later(SLOT, self._tick)
+
+
+class Stream:
+    """One answer of tokens under way."""
+
+    __slots__ = ("_events", "_sent", "_tokens", "_transport", "slot")
+
+    def __init__(self, transport: asyncio.WriteTransport, number: int, tokens: int) -> None:
+        self._transport = transport
+        self._events = work.Events(number)
+        self._tokens, self._sent = tokens, 0
+        self.slot: set[Stream] = set()
+        transport.write(self._events.first())
+
+    def token(self) -> None:
+        self._transport.write(self._events.token(time.monotonic_ns() // 1000))
+        self._sent += 1
+        if self._sent == self._tokens:
+            self.end()
+
+    def end(self) -> None:
+        self._transport.write(self._events.last(self._sent))
+        self.stop()
+
+    def stop(self) -> None:
+        self.slot.discard(self)
+
+
+@dataclass
+class House:
+    """What the connections share."""
+
+    spec: Spec
+    pacer: Pacer
+    answers: work.Answers = field(default_factory=work.Answers)
+
+    def answer(self, head: bytes, body: bytes) -> bytes:
+        """The whole answer to what is no stream."""
+        if head.startswith(b"post /v1/chat/completions "):
+            number = work.number_in(body)
+            if number is not None:
+                return self.answers.whole(number)
+            return _json({"error": {"message": "no number in this request"}}, "400 Bad Request")
+        if head.startswith(b"get /v1/models "):
+            row = {"id": work.MODEL, "object": "model", "created": 0, "owned_by": "bench"}
+            return _json({"object": "list", "data": [row]})
+        if head.startswith(b"get /health "):
+            return _json({})
+        return _json({"error": {"message": "no such route"}}, "404 Not Found")
+
+
+def _json(document: Any, status: str = "200 OK") -> bytes:
+    body = json.dumps(document).encode()
+    return work.head("application/json", len(body), status) + body
+
+
+class Conversation(asyncio.Protocol):
+    """One connection: a request, its answer, the next."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+        self._rest = b""
+        self._stream: Stream | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.WriteTransport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._stream is not None:
+            self._stream.stop()
+
+    def data_received(self, data: bytes) -> None:
+        self._rest = data = self._rest + data if self._rest else data
+        end = data.find(END_OF_HEAD)
+        if end < 0:
+            return
+        head = data[:end].lower()
+        body = _body(head, data[end + 4 :])
+        if body is None:
+            return
+        self._rest = b""
+        if head.startswith(b"post") and (b'"stream":true' in body or b'"stream": true' in body):
+            house = self._house
+            self._stream = Stream(self._transport, work.number_in(body) or 0, house.spec.tokens)
+            house.pacer.add(self._stream)
+        else:
+            self._transport.write(self._house.answer(head, body))
+
+
+def _body(head: bytes, data: bytes) -> bytes | None:
+    """The body of a request; None: it is not whole."""
+    if b"\r\ntransfer-encoding:" in head:
+        chunks = Chunks()
+        body = chunks.feed(data)
+        return body if chunks.done else None
+    length = length_of(head) or 0 if b"\r\ncontent-length:" in head else 0
+    return data if len(data) == length else None
+
+
+async def serve(spec: Spec) -> None:
+    loop = asyncio.get_running_loop()
+    house = House(spec, Pacer(loop, spec.interval))
+    loop.add_signal_handler(signal.SIGUSR1, house.pacer.end_all)
+    servers = [
+        await loop.create_server(lambda: Conversation(house), "127.0.0.1", 0, backlog=4096)
+        for _ in range(spec.listeners)
+    ]
+    ports = [server.sockets[0].getsockname()[1] for server in servers]
+    print(json.dumps({"ports": ports}), flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    uvloop.run(serve(Spec(**json.loads(sys.argv[1]))))

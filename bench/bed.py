@@ -1,0 +1,144 @@
+"""The test bed: backend and load on one core, a contender on another, and one run with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import work
+from .contenders import HOST, ROOT, Contender, free_port
+from .framing import Broken
+from .load import Spec, read
+from .processes import Failed, running, tail
+
+LOAD_CORE, PROXY_CORE = 0, 1
+_READY = 10.0  # s until the backend must listen
+
+
+@dataclass
+class Bed:
+    """A contender that answers, before backends that do.
+
+    Attributes:
+        port: of the contender; of the first backend where there is none.
+        root: leader of its process tree; 0 where there is none.
+        backend: the process that is the backend.
+        folder: its configuration and logs.
+        first_answer: s from its start to its first answer.
+        lines: of its access log, once it is stopped; None: it has none.
+    """
+
+    contender: Contender
+    port: int
+    root: int
+    backend: int
+    folder: Path
+    first_answer: float
+    lines: int | None = None
+
+    def load(self, **spec: Any) -> dict[str, Any]:
+        """Run a load (see `load.Spec`) and return what it found.
+
+        Raises:
+            Failed: it did not end as it should.
+        """
+        given = {"port": self.port, "root": self.root, "backend": self.backend}
+        given |= {"exact": self.contender.exact, **spec}
+        command = [sys.executable, "-m", "bench.load", json.dumps(given)]
+        log = self.folder / "load.log"
+        allowed = Spec(**given)
+        seconds = allowed.warm + allowed.seconds + 2 * allowed.limit
+        with running(command, core=LOAD_CORE, log=log, env=_environment(), cwd=ROOT) as process:
+            try:
+                status = process.wait(seconds + 30)
+            except subprocess.TimeoutExpired:
+                raise Failed(f"the load does not end: {tail(log)}") from None
+        if status:
+            raise Failed(f"the load failed: {tail(log)}")
+        found: dict[str, Any] = json.loads(log.read_text())
+        return found
+
+
+@contextmanager
+def bed(contender: Contender, backend: Mapping[str, Any] | None = None) -> Iterator[Bed]:
+    """Start a backend as `backend.Spec` says and the contender before it; stop both at the end.
+
+    Raises:
+        Failed: the contender does not answer.
+    """
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        with _backend(folder, backend or {}) as (mock, ports):
+            if contender.name == "direct":
+                yield Bed(contender, ports[0], 0, mock, folder, 0.0)
+                return
+            port = free_port()
+            command = contender.command(folder, port, ports)
+            output = folder / "output.log"
+            env = contender.environment(folder)
+            began = time.monotonic()
+            with running(command, core=PROXY_CORE, log=output, env=env, cwd=ROOT) as process:
+                _wait_for_answer(contender, port, process, output)
+                took = time.monotonic() - began
+                under = Bed(contender, port, process.pid, mock, folder, took)
+                yield under
+            path = contender.access_log(folder, output)
+            under.lines = None if path is None else path.read_bytes().count(b"\n")
+
+
+@contextmanager
+def _backend(folder: Path, spec: Mapping[str, Any]) -> Iterator[tuple[int, list[int]]]:
+    log = folder / "backend.log"
+    command = [sys.executable, "-m", "bench.backend", json.dumps(spec)]
+    with running(command, core=LOAD_CORE, log=log, env=_environment(), cwd=ROOT) as process:
+        deadline = time.monotonic() + _READY
+        while not log.read_bytes().endswith(b"\n"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise Failed(f"the backend does not start: {tail(log)}")
+            time.sleep(0.01)
+        yield process.pid, json.loads(log.read_text())["ports"]
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in ("PATH", "LANG", "PYTHONPATH") if name in os.environ}
+
+
+def _wait_for_answer(
+    contender: Contender, port: int, process: subprocess.Popen[bytes], output: Path
+) -> None:
+    """Ask until the first good answer to a chat request has come through it."""
+    deadline = time.monotonic() + contender.patience
+    _, request = work.Requests(f"{HOST}:{port}", 0, texts=1).next()
+    said = b""  # the last answer
+    while not said.startswith(b"HTTP/1.1 200"):
+        if process.poll() is not None or time.monotonic() > deadline:
+            last = said[:500].decode("utf-8", "replace")
+            raise Failed(f"{contender.name} does not answer: {last} {tail(output)}")
+        time.sleep(0.002)
+        said = _ask(port, request)
+
+
+def _ask(port: int, request: bytes) -> bytes:
+    """The answer to one request, as it came; nothing where none came."""
+    said = b""
+    try:
+        with socket.create_connection((HOST, port), timeout=5) as sock:
+            sock.sendall(request)
+            while read(said) is None:
+                piece = sock.recv(1 << 16)
+                if not piece:
+                    break
+                said += piece
+    except (OSError, Broken):
+        return b""
+    return said
