@@ -38,6 +38,11 @@ _SERVER = (b"Server", b"beacon-proxy")
 _OURS = frozenset({"CONNECT", "OPTIONS", "TRACE"})  # methods that the proxy may answer itself
 
 
+# Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
+_COMPLETE, _ERROR, _CLIENT_CLOSED = End.COMPLETE, End.ERROR, End.CLIENT_CLOSED
+_TUNNEL = Framing.TUNNEL
+
+
 class State(Protocol):
     """What the process tells of itself."""
 
@@ -86,7 +91,7 @@ class Downlink:
         )
         if not answer.ended:
             self.sink.flow_from(attempt.flow)  # after the commit: it may have filled the buffer
-        if answer.framing is Framing.TUNNEL and self._connection.transport is not None:
+        if answer.framing is _TUNNEL and self._connection.transport is not None:
             self._connection.hand_over(Tunnel(attempt.tunnel(self._connection.transport)))
 
 
@@ -180,24 +185,24 @@ class Api:
         try:
             head = self._read_head(exchange, sink, request)
             if method in _OURS and self._answer_itself(exchange, head, sink):
-                run.end = End.COMPLETE
+                run.end = _COMPLETE
             else:
                 client.upload = upload = request.upload
                 self._open(upload, head, request, transport)
                 await self._run(exchange, head, upload, client, run)
         except ProxyError as exc:
             reason = exc.reason
-            run.end = End.ERROR
+            run.end = _ERROR
             self._refuse(exchange, sink, exc)
         except ClientGone:
-            run.end = End.CLIENT_CLOSED
+            run.end = _CLIENT_CLOSED
             sink.keep_alive = False
         except asyncio.CancelledError:
             reason = self._cut(sink, run)
             raise
         except Exception as exc:  # ours: the client still gets an error, the operator a line
             reason = "internal_error"
-            run.end = End.ERROR
+            run.end = _ERROR
             self._telemetry.notify("server.failed", id=exchange.id, error=repr(exc)[:500])
             self._refuse(exchange, sink, ProxyError("internal error"))
         finally:
@@ -209,12 +214,12 @@ class Api:
 
     def _cut(self, sink: ClientSink, run: Run) -> str | None:
         """Tell why an exchange was cancelled: its client left, or this process stops."""
-        if run.end is End.COMPLETE:
+        if run.end is _COMPLETE:
             return None
         if not self._state.cutting:
-            run.end = End.CLIENT_CLOSED
+            run.end = _CLIENT_CLOSED
             return None
-        run.end = End.ERROR
+        run.end = _ERROR
         if sink.status and not sink.finished:
             sink.fail(None)
         return "draining"
@@ -322,10 +327,10 @@ class Api:
     ) -> None:
         attempts = exchange.attempts
         last = attempts[-1] if attempts else None
-        end = run.end or End.ERROR
-        if reason is None and end is End.CLIENT_CLOSED:
+        end = run.end or _ERROR
+        if reason is None and end is _CLIENT_CLOSED:
             reason = "client_closed"
-        elif reason is None and end is End.ERROR:
+        elif reason is None and end is _ERROR:
             reason = run.reason or (last.fault if last is not None else "internal_error")
         now = self._clock()
         ttft = last.started + last.ttft - exchange.started if last and last.ttft else None

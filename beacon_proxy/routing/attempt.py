@@ -18,6 +18,10 @@ from ..wire.upload import ClientGone, Upload
 from ..wire.wheel import Wheel
 from .judge import Judgement, of_fault
 
+# Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
+_NEUTRAL, _STRIKE = Verdict.NEUTRAL, Verdict.STRIKE
+_DEADLINE, _CONNECT = Fault.DEADLINE, Stage.CONNECT
+
 
 @dataclass(slots=True)
 class Wire:
@@ -96,8 +100,10 @@ class Attempt:
                     self.error = exc
                     return
             answer = self._send(connection, outgoing, source, lone)
-            if not answer.decided:
-                await answer.wait_decided()
+            while not answer.decided:
+                await answer.next_step()
+            if answer.fault is None:
+                return
             stale = answer.fault in (Fault.CLOSED, Fault.RESET) and not connection.answered
             if fresh or not stale or not _can_repeat(source.upload):
                 return
@@ -119,7 +125,7 @@ class Attempt:
             async with asyncio.timeout_at(deadline if deadline < inf else None):
                 return await self._wire.pool.connect(self.backend)
         except TimeoutError as exc:
-            raise UpstreamError(Fault.DEADLINE, Stage.CONNECT, "the deadline ran out") from exc
+            raise UpstreamError(_DEADLINE, _CONNECT, "the deadline ran out") from exc
 
     def _send(
         self, connection: Connection, outgoing: Outgoing, source: Source, lone: bool
@@ -200,9 +206,7 @@ class Attempt:
         error = self.error
         if isinstance(error, UpstreamError):
             return of_fault(error.fault, error.message)
-        return Judgement(
-            Verdict.NEUTRAL, Fault.CLIENT_CLOSED, detail=error.message if error else ""
-        )
+        return Judgement(_NEUTRAL, Fault.CLIENT_CLOSED, detail=error.message if error else "")
 
     def close(self) -> None:
         """Give up what still runs: the upload, the answer and the connection under it."""
@@ -217,15 +221,15 @@ class Attempt:
         verdict, fault, detail = judgement.verdict, judgement.fault, judgement.detail
         if cancelled:
             if answer is None or not answer.said_all:  # else it closed ahead of the last chunk only
-                verdict, fault = Verdict.NEUTRAL, Fault.CLIENT_CLOSED
+                verdict, fault = _NEUTRAL, Fault.CLIENT_CLOSED
         elif answer is not None and answer.committed:
             if answer.fault is not None:
                 late = of_fault(answer.fault, answer.detail)
                 verdict, fault, detail = late.verdict, late.fault, late.detail
             elif answer.watch is not None and answer.watch.error:
-                verdict, fault = Verdict.STRIKE, Fault.ERROR_BODY
-        elif fault is Fault.DEADLINE and self._waited_out(now):
-            verdict = Verdict.STRIKE
+                verdict, fault = _STRIKE, Fault.ERROR_BODY
+        elif fault is _DEADLINE and self._waited_out(now):
+            verdict = _STRIKE
         usage = judgement.usage
         if answer is not None and usage is None and answer.watch is not None:
             usage = answer.watch.usage()
@@ -235,7 +239,7 @@ class Attempt:
             self.backend,
             self.number,
             verdict,
-            answer.stage if answer is not None else Stage.CONNECT,
+            answer.stage if answer is not None else _CONNECT,
             fault,
             answer.status if answer is not None else None,
             judgement.retry_after,
@@ -277,7 +281,7 @@ def _framed(body: bytes) -> bytes:
     return b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if body else b"0\r\n\r\n"
 
 
-_NOTHING_YET = Judgement(Verdict.NEUTRAL)
+_NOTHING_YET = Judgement(_NEUTRAL)
 
 
 def _can_repeat(upload: Upload | None) -> bool:

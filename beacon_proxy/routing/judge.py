@@ -17,7 +17,7 @@ import orjson
 
 from ..contracts import Backend, Candidate, Exchange, Fault, Provider, Usage, Verdict
 from ..wire.answer import Answer
-from ..wire.expect import HOLD_CAP, Framing
+from ..wire.expect import HOLD_CAP
 from ..wire.headers import find
 from ..wire.watch import usage_in, usage_of
 
@@ -63,7 +63,7 @@ def judge(
     if answer.fault is not None:
         return of_fault(answer.fault, answer.detail)
     backend, status = candidate.backend, answer.status or 0
-    if answer.framing is Framing.TUNNEL:
+    if status == 101:
         return _GOOD
     if status >= 300 or exchange.inference:
         fault = provider.judge(backend, status, answer.headers, answer.body())
@@ -118,15 +118,17 @@ def _judge_stream(answer: Answer) -> Judgement:
 def _judge_document(answer: Answer) -> Judgement:
     if not answer.complete:
         return _GOOD  # above the cap, or passed on because nobody else stands by
-    held = answer.body()
-    try:
-        body = _decoded(held, _coding(answer))
-    except zlib.error:
-        return Judgement(
-            Verdict.STRIKE, Fault.TRUNCATED, detail="the compressed body is broken", elsewhere=True
-        )
-    if body is None:
-        return _GOOD
+    body: bytes | None = answer.body()
+    coding = _coding(answer)
+    if coding is not None and body is not None:
+        try:
+            body = _decoded(body, coding)
+        except zlib.error:
+            detail = "the compressed body is broken"
+            return Judgement(Verdict.STRIKE, Fault.TRUNCATED, detail=detail, elsewhere=True)
+        if body is None:
+            return _GOOD
+    assert body is not None
     try:
         document = _loads(body)
     except ValueError:
@@ -138,7 +140,7 @@ def _judge_document(answer: Answer) -> Judgement:
         return _GOOD
     if document.get("error"):
         return _judge_error(body)
-    return Judgement(Verdict.GOOD, usage=usage_of(document) or usage_in(body[-4096:]))
+    return Judgement(_GOOD.verdict, usage=usage_of(document) or usage_in(body[-4096:]))
 
 
 def _judge_reading(backend: Backend, provider: Provider, body: bytes) -> Judgement | None:

@@ -30,6 +30,10 @@ from .fleet import Fleet
 from .judge import Judgement, judge
 from .queue import Queue
 
+# Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
+_GOOD, _CLIENT_CLOSED = Verdict.GOOD, Fault.CLIENT_CLOSED
+_COMPLETE, _ERROR = End.COMPLETE, End.ERROR
+
 
 class Client(Protocol):
     """The server's side of an exchange."""
@@ -88,8 +92,8 @@ class Pipeline:
             await self._until_answered(course)
         except asyncio.CancelledError:
             # A client may close at the end marker, ahead of the last chunk: it has all it wanted.
-            if exchange.attempts and exchange.attempts[-1].verdict is Verdict.GOOD:
-                run.end = End.COMPLETE
+            if exchange.attempts and exchange.attempts[-1].verdict is _GOOD:
+                run.end = _COMPLETE
             raise
 
     async def _until_answered(self, course: Course) -> None:
@@ -140,15 +144,15 @@ class Pipeline:
             if judgement.lacks_model and course.model is not None:
                 self._fleet.lacks(live, course.model)
             delay = None
-            if judgement.verdict is not Verdict.GOOD:
+            if judgement.verdict is not _GOOD:
                 exchange.attempts.append(attempt.outcome(judgement, cancelled=False))
                 delay = self._next(course)
                 exchange.attempts.pop()
             if delay is None and _relayable(attempt.answer, judgement):
                 course.client.commit(attempt, attempt.number)
                 assert attempt.answer is not None
-                if not attempt.answer.ended:
-                    await attempt.answer.wait_ended()
+                while not attempt.answer.ended:
+                    await attempt.answer.next_step()
             cancelled = False
             return delay
         finally:
@@ -183,7 +187,7 @@ class Pipeline:
         """Set the end of the exchange, where no further attempt is made."""
         exchange, run, answer = course.exchange, course.run, attempt.answer
         if answer is None or not answer.committed:
-            run.end = End.ERROR
+            run.end = _ERROR
             if attempt.error is not None and not isinstance(attempt.error, UpstreamError):
                 raise attempt.error  # the client's own request was at fault
             if fallback is None:
@@ -191,8 +195,8 @@ class Pipeline:
             course.client.commit(fallback, len(exchange.attempts))
             return
         good = exchange.attempts[-1].fault is None and (answer.status or 0) < 400
-        run.end = End.COMPLETE if good else End.ERROR
-        if answer.fault is Fault.CLIENT_CLOSED:
+        run.end = _COMPLETE if good else _ERROR
+        if answer.fault is _CLIENT_CLOSED:
             run.end = End.CLIENT_CLOSED
 
     def _error_of(self, exchange: Exchange, attempt: Attempt) -> ProxyError:
@@ -217,7 +221,7 @@ class Pipeline:
                 self._watcher.notify("observe.failed", error=repr(exc)[:200])
 
 
-_LEFT = Judgement(Verdict.NEUTRAL, Fault.CLIENT_CLOSED)
+_LEFT = Judgement(Verdict.NEUTRAL, _CLIENT_CLOSED)
 
 
 def _relayable(answer: Answer | None, judgement: Judgement) -> bool:

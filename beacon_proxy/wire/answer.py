@@ -22,6 +22,12 @@ from .expect import GRACE, HOLD_CAP, Expectation, Framing, Hold
 from .headers import AnswerHead
 from .watch import Watch
 
+# Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
+_HOLD_BYTE, _HOLD_CONTENT, _HOLD_WHOLE = Hold.BYTE, Hold.CONTENT, Hold.WHOLE
+_STAGE_SEND, _STAGE_HEAD, _STAGE_CONTENT = Stage.SEND, Stage.HEAD, Stage.CONTENT
+_STAGE_STREAM, _STAGE_DONE = Stage.STREAM, Stage.DONE
+_FRAMING_NONE, _FRAMING_TUNNEL = Framing.NONE, Framing.TUNNEL
+
 
 class Sink(Protocol):
     """Where a committed answer goes."""
@@ -101,13 +107,13 @@ class Answer:
         self._flow: Flow | None = None
         self._sink: Sink | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._hold = Hold.BYTE
+        self._hold = _HOLD_BYTE
         self.expect = expect
-        self.stage = Stage.SEND
+        self.stage = _STAGE_SEND
         self.status: int | None = None
         self.head: AnswerHead | None = None
         self.trailers: Headers = ()
-        self.framing = Framing.NONE
+        self.framing = _FRAMING_NONE
         self.held: list[bytes] = []
         self.held_size = 0
         self.size = 0
@@ -126,16 +132,17 @@ class Answer:
         """The request goes out over `flow`; `sending`: its body will take a while."""
         self._flow = flow
         self.sending = sending
-        self.stage = Stage.SEND if sending else Stage.HEAD
+        if not sending:
+            self.stage = _STAGE_HEAD
         self.started = self.sent_at = self.last = monotonic()
-        self._arm()
+        flow.ask_by(self._limit())
 
     def sent(self) -> None:
         """The last byte of the request is out: the wait for the answer counts from here."""
         self.sending = False
         self.sent_at = monotonic()
-        if self.stage is Stage.SEND:
-            self.stage = Stage.HEAD
+        if self.stage is _STAGE_SEND:
+            self.stage = _STAGE_HEAD
         self._arm()
 
     def _arm(self) -> None:
@@ -146,13 +153,13 @@ class Answer:
     def on_head(self, head: AnswerHead, framing: Framing) -> None:
         self.status, self.head = head.status, head
         self.framing = framing
-        self.stage = Stage.CONTENT
+        self.stage = _STAGE_CONTENT
         self.head_at = self.last = monotonic()
-        if framing is Framing.TUNNEL:
+        if framing is _FRAMING_TUNNEL:
             self._decide()
             return
         self._hold = self.expect.hold(head)
-        if self._hold is Hold.CONTENT:
+        if self._hold is _HOLD_CONTENT:
             self.watch = Watch(self.expect.shape)
 
     def on_read(self) -> None:
@@ -185,7 +192,7 @@ class Answer:
             self._flow.pause_reading()
 
     def _enough(self) -> bool:
-        if self._hold is Hold.BYTE or self.held_size > HOLD_CAP:
+        if self._hold is _HOLD_BYTE or self.held_size > HOLD_CAP:
             return True
         watch = self.watch
         return watch is not None and (watch.content or watch.error)
@@ -199,7 +206,7 @@ class Answer:
                 self.fail(Fault.TRUNCATED, "the stream ended without its end marker")
                 return
             self._sink.finish(trailers)
-            self.stage = Stage.DONE
+            self.stage = _STAGE_DONE
         self._end()
 
     def fail(self, fault: Fault, detail: str = "") -> None:
@@ -218,22 +225,15 @@ class Answer:
 
     # -- the exchange's side ---------------------------------------------------------------------
 
-    async def wait_decided(self) -> None:
-        """Return when the answer can be judged: enough was seen, or it ended."""
-        while not self.decided:
-            self._waiter = self._loop.create_future()
-            await self._waiter
-
-    async def wait_ended(self) -> None:
-        """Return when nothing more will come."""
-        while not self.ended:
-            self._waiter = self._loop.create_future()
-            await self._waiter
+    def next_step(self) -> asyncio.Future[None]:
+        """Is done once the answer is `decided`, or, where it is already, once it has `ended`."""
+        self._waiter = self._loop.create_future()
+        return self._waiter
 
     def commit(self, sink: Sink, added: bytes) -> None:
         """Send what is held, then every piece as it comes."""
         self._sink = sink
-        self.stage = Stage.STREAM
+        self.stage = _STAGE_STREAM
         sink.start(self, added)
         held, self.held, self.held_size = self.held, [], 0
         if held:
@@ -282,7 +282,7 @@ class Answer:
     @property
     def readable(self) -> bool:
         """Whether the answer is of a kind that its words can be judged by."""
-        return self._hold is not Hold.BYTE
+        return self._hold is not _HOLD_BYTE
 
     def body(self) -> bytes:
         """What is held of the body."""
@@ -296,7 +296,7 @@ class Answer:
         """When the next thing must have happened."""
         expect, times = self.expect, self.expect.timeouts
         limit = expect.deadline
-        if self.framing is Framing.TUNNEL:
+        if self.framing is _FRAMING_TUNNEL:
             return min(limit, _after(self.last, times.idle))
         if self.status is None:
             if self.sending:
@@ -308,13 +308,13 @@ class Answer:
             )
         if self._sink is None:
             limit = min(limit, expect.answer_by)
-            if self._hold is Hold.CONTENT:
+            if self._hold is _HOLD_CONTENT:
                 limit = min(limit, _after(self.sent_at, times.first_content))
             else:
                 limit = min(limit, _after(self.last, times.idle))
-                if self._hold is Hold.WHOLE:
+                if self._hold is _HOLD_WHOLE:
                     limit = min(limit, _after(self.sent_at, times.document))
-            if not self.decided and (expect.lone or self._hold is Hold.BYTE):
+            if not self.decided and (expect.lone or self._hold is _HOLD_BYTE):
                 limit = min(limit, (self.head_at or self.started) + GRACE)
             return limit
         return min(limit, _after(self.last, times.idle))

@@ -20,6 +20,10 @@ from .expect import Framing
 from .headers import AnswerHead, find
 from .wheel import GRAIN, Wheel
 
+# Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
+_NONE, _LENGTH, _CHUNKED = Framing.NONE, Framing.LENGTH, Framing.CHUNKED
+_EOF, _TUNNEL = Framing.EOF, Framing.TUNNEL
+
 ROUND = 2.0  # s between two looks at the limits of a connection
 HEAD_CAP = 128 << 10  # bytes
 FIELDS_CAP = 500
@@ -95,7 +99,7 @@ class Connection(asyncio.Protocol):
         self._reason = b""
         self._framing_size = 0  # bytes since the last of the body
         self._headed = self._done = self._keep = self._excess = self._interim = False
-        self._framing = Framing.NONE
+        self._framing = _NONE
 
     # -- the attempt's side ----------------------------------------------------------------------
 
@@ -169,7 +173,7 @@ class Connection(asyncio.Protocol):
         if answer is None or parser is None:
             self.abort()  # bytes that nobody asked for
             return
-        if self._framing is Framing.TUNNEL:
+        if self._framing is _TUNNEL:
             answer.on_piece(data)
             return
         self.answered = True
@@ -200,7 +204,7 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> None:
         if self._tunnel is None and self._answer is not None:
-            if self._headed and self._framing is Framing.EOF:
+            if self._headed and self._framing is _EOF:
                 self._excess = True  # the end of the connection is the end of the message
                 self._finish()
             else:
@@ -262,7 +266,7 @@ class Connection(asyncio.Protocol):
             asked = answer.expect.upgrade and parser.should_upgrade()
             if not asked or (find(headers, b"upgrade") or b"").lower() != b"websocket":
                 raise _Malformed("switched protocols unasked")
-            self._framing = Framing.TUNNEL
+            self._framing = _TUNNEL
         elif status < 200:
             if status < 100:
                 raise _Malformed("invalid status")
@@ -276,15 +280,15 @@ class Connection(asyncio.Protocol):
             head = AnswerHead(status, self._reason, headers, version == "1.1")
         except ValueError as exc:
             raise _Malformed(str(exc)) from exc
-        if self._framing is not Framing.TUNNEL:
+        if self._framing is not _TUNNEL:
             if answer.expect.head_only or status in (204, 304):
-                self._framing = Framing.NONE
+                self._framing = _NONE
             elif head.chunked:
-                self._framing = Framing.CHUNKED
+                self._framing = _CHUNKED
             else:
-                self._framing = Framing.EOF if head.length is None else Framing.LENGTH
+                self._framing = _EOF if head.length is None else _LENGTH
         answer.on_head(head, self._framing)
-        if answer.expect.head_only and self._framing is not Framing.TUNNEL:
+        if answer.expect.head_only and self._framing is not _TUNNEL:
             # llhttp would wait for a body, and httptools has no way to tell it: leave the feed
             # here. Whether bytes followed is not known then: this connection is not used again.
             self._done = True
@@ -297,7 +301,7 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._interim:
             self._interim = False
-        elif self._framing is not Framing.TUNNEL and self._parser is not None:
+        elif self._framing is not _TUNNEL and self._parser is not None:
             self._done = True
             self._keep = self._parser.should_keep_alive()  # asked later, it speaks of the next one
 
@@ -312,7 +316,7 @@ class Connection(asyncio.Protocol):
     def _finish(self) -> None:
         answer, self._answer = self._answer, None
         assert answer is not None
-        trailers = tuple(self._fields) if self._framing is Framing.CHUNKED else ()
+        trailers = tuple(self._fields) if self._framing is _CHUNKED else ()
         if not self._excess and self.uploaded and not self.closing and self._keep:
             self._reset_message()
             self.reused = True

@@ -124,17 +124,20 @@ def usage_of(document: dict[str, Any]) -> Usage | None:
     counts = document.get("usage")
     if not isinstance(counts, dict):
         counts = document  # Ollama's
-    output = _first_count(counts, "completion_tokens", "output_tokens", "eval_count")
-    given = _first_count(counts, "prompt_tokens", "input_tokens", "prompt_eval_count")
-    return None if output is None else Usage(given or 0, output)
-
-
-def _first_count(counts: dict[str, Any], *names: str) -> int | None:
-    for name in names:
-        count = counts.get(name)
-        if type(count) is int and count >= 0:  # a bool is none
-            return count
+    for given_name, output_name in _COUNTS:
+        output = counts.get(output_name)
+        if type(output) is int:  # a bool is none
+            given = counts.get(given_name)
+            return Usage(given if type(given) is int else 0, output)
     return None
+
+
+# Names of the counts of input and output: OpenAI's, Anthropic's, Ollama's.
+_COUNTS = (
+    ("prompt_tokens", "completion_tokens"),
+    ("input_tokens", "output_tokens"),
+    ("prompt_eval_count", "eval_count"),
+)
 
 
 def sign_of(shape: Shape, data: bytes) -> Sign:
