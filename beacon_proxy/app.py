@@ -18,7 +18,7 @@ from .api.admin import Admin
 from .api.cors import Cors
 from .api.inference import PATHS, Inference
 from .api.protocol import HEAD_TIMEOUT, ClientServer
-from .api.server import Api, Limits
+from .api.server import Api
 from .config import Settings, resolve_backends
 from .ops.telemetry import Telemetry
 from .plugins import Plugins, build_middleware, build_provider
@@ -27,6 +27,7 @@ from .routing.chain import Chain
 from .routing.fleet import Fleet
 from .routing.pipeline import Pipeline
 from .wire.pool import Pool
+from .wire.upload import BodyLimits, Kept
 from .wire.wheel import Wheel
 
 BACKLOG = 1024  # connections the kernel holds while the loop is busy
@@ -136,7 +137,7 @@ class App:
             self.telemetry,
             admin.routes,
             dict.fromkeys(PATHS, inference),
-            Limits(settings.server.max_body_size, settings.timeouts.idle),
+            BodyLimits(settings.server.max_body_size, settings.timeouts.idle, Kept()),
             Cors(settings.server.cors_origins),
             self,
             time.monotonic,

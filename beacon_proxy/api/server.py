@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
 from math import ceil
 from typing import Any, Protocol
 
@@ -26,7 +25,7 @@ from ..wire.expect import Framing
 from ..wire.headers import RequestHead, find, read_request_head, request_id
 from ..wire.relay import ClientSink
 from ..wire.request import Verbatim
-from ..wire.upload import ClientGone, Kept, Upload
+from ..wire.upload import BodyLimits, ClientGone, Upload
 from .cors import Cors
 from .intake import is_json, look, path_of, read_hints, read_target, route_of
 from .naming import answered_by
@@ -51,12 +50,6 @@ class State(Protocol):
 
     @property
     def cutting(self) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    max_body_size: int  # bytes
-    idle: float  # s a client may stay silent inside its body
 
 
 class Translator(Protocol):
@@ -104,7 +97,7 @@ class Api:
         telemetry: Telemetry,
         own: Mapping[str, OwnRoute],
         translated: Mapping[str, Translator],
-        limits: Limits,
+        limits: BodyLimits,
         cors: Cors,
         state: State,
         clock: Clock,
@@ -115,7 +108,6 @@ class Api:
         self._own = own
         self._translated = translated
         self._limits = limits
-        self._kept = Kept()
         self._cors = cors
         self._state = state
         self._clock = clock
@@ -188,7 +180,14 @@ class Api:
                 run.end = _COMPLETE
             else:
                 client.upload = upload = request.upload
-                self._open(upload, head, request, transport)
+                expects = head.rebuilt.get(b"expect")
+                asked = expects is not None and expects.lower() == b"100-continue"
+                upload.open(
+                    self._limits,
+                    head.length,
+                    head.chunked,
+                    transport if asked and request.http11 else None,
+                )
                 await self._run(exchange, head, upload, client, run)
         except ProxyError as exc:
             reason = exc.reason
@@ -263,20 +262,6 @@ class Api:
         if hops is not None:
             head.rebuilt[b"max-forwards"] = b"%d" % (int(hops[:9]) - 1)
         return False
-
-    def _open(
-        self, upload: Upload, head: RequestHead, request: Request, transport: asyncio.Transport
-    ) -> None:
-        expects = head.rebuilt.get(b"expect")
-        asked = expects is not None and expects.lower() == b"100-continue" and request.http11
-        upload.open(
-            length=head.length,
-            chunked=head.chunked,
-            limit=self._limits.max_body_size,
-            kept=self._kept,
-            idle=self._limits.idle,
-            ask=transport if asked else None,
-        )
 
     async def _run(
         self, exchange: Exchange, head: RequestHead, upload: Upload, client: Downlink, run: Run

@@ -35,6 +35,26 @@ class Kept:
         self.used = 0
 
 
+class BodyLimits:
+    """What holds for every request body of this process.
+
+    Attributes:
+        size: bytes, the largest body taken.
+        idle: s the client may stay silent inside its body; None: for ever.
+        kept: counts the bytes of all bodies that are held.
+    """
+
+    __slots__ = ("idle", "kept", "size")
+
+    def __init__(self, size: int, idle: float, kept: Kept) -> None:
+        self.size = size
+        self.idle = idle or None
+        self.kept = kept
+
+
+_NO_LIMITS = BodyLimits(0, 0.0, Kept(0))  # of a body that nobody has opened
+
+
 class Upload:
     """One request body, fed by the client's connection as it comes.
 
@@ -49,15 +69,13 @@ class Upload:
     """
 
     __slots__ = (
-        "_all",
         "_continue",
         "_discards",
         "_error",
         "_flow",
         "_held",
-        "_idle",
         "_kept",
-        "_limit",
+        "_limits",
         "_waiter",
         "_waiting",
         "_waiting_size",
@@ -76,14 +94,11 @@ class Upload:
         self._waiting_size = 0
         self._waiter: asyncio.Future[None] | None = None
         self._error: Exception | None = None
-        self._discards = False
         self._kept: list[bytes] = []
-        self._held = 0  # bytes in it that `_all` counts
-        self._all: Kept | None = None
-        self._limit = 0
-        self._idle: float | None = None
+        self._held = 0  # bytes in it that the limits' `kept` counts
+        self._limits = _NO_LIMITS
         self._continue: asyncio.Transport | None = None
-        self.framed = self.chunked = self.ended = self.complete = False
+        self._discards = self.framed = self.chunked = self.ended = self.complete = False
         self.replayable = True
         self.received = self.size = 0
 
@@ -124,35 +139,29 @@ class Upload:
 
     def open(
         self,
-        *,
+        limits: BodyLimits,
         length: int | None,
         chunked: bool,
-        limit: int,
-        kept: Kept,
-        idle: float = 0.0,
         ask: asyncio.Transport | None = None,
     ) -> None:
         """Start to take the body.
 
         Args:
             length: of its Content-Length.
-            limit: bytes, the largest body taken.
-            kept: counts the bytes of all bodies that are held.
-            idle: s the client may stay silent inside its body; 0: for ever.
             ask: gets a `100 Continue` before the body is waited for.
 
         Raises:
             BodyTooLarge: it says so itself, or it is all there.
         """
-        self._all, self._limit, self._idle, self._continue = kept, limit, idle or None, ask
-        self.chunked = chunked
+        self._limits, self._continue = limits, ask
         if length is not None:
-            if length > limit:
-                raise BodyTooLarge(f"the body has {length} bytes, the limit is {limit}")
+            if length > limits.size:
+                raise BodyTooLarge(f"the body has {length} bytes, the limit is {limits.size}")
         elif not chunked:
             self.complete = True
             return
         self.framed = True
+        self.chunked = chunked
         if self._waiting and self._error is None:
             self._keep(self._take())
         self.complete = self.ended
@@ -169,19 +178,19 @@ class Upload:
 
     def _count(self, data: bytes) -> None:
         self.size += len(data)
-        if self.size > self._limit:
-            raise BodyTooLarge(f"the body is larger than the limit of {self._limit} bytes")
+        limit = self._limits.size
+        if self.size > limit:
+            raise BodyTooLarge(f"the body is larger than the limit of {limit} bytes")
 
     def _keep(self, data: bytes) -> None:
         self._count(data)
-        assert self._all is not None
-        self._all.used += len(data)
+        self._limits.kept.used += len(data)
         self._held += len(data)
         self._kept.append(data)
 
     def _room_for(self, data: bytes) -> bool:
-        assert self._all is not None
-        return self._all.used + len(data) <= self._all.limit
+        kept = self._limits.kept
+        return kept.used + len(data) <= kept.limit
 
     async def _next(self) -> bytes:
         """The next bytes from the client; b"" at the end."""
@@ -189,7 +198,7 @@ class Upload:
             if self._continue is not None:
                 self._continue.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             try:
-                async with asyncio.timeout(self._idle):
+                async with asyncio.timeout(self._limits.idle):
                     await self._wait()
             except TimeoutError as exc:
                 raise RequestTimeout("the request's body stopped coming") from exc
@@ -246,10 +255,9 @@ class Upload:
         """No attempt will follow: let go of what was kept for one. May be called again."""
         self.replayable = False
         if self._held:
-            assert self._all is not None
-            self._all.used -= self._held
+            self._limits.kept.used -= self._held
             self._held = 0
-        self._kept.clear()
+            self._kept.clear()
 
     @property
     def start(self) -> bytes:
