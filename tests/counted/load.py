@@ -203,5 +203,5 @@ MODES = {
     "connect": Mode("request and its connection", Load.connect, 20),
     "exchange": Mode("streamed answer of one token", Load.exchange, 20),
     "token": Mode("further token of a stream", Load.token, 101, base=1),
-    "upload": Mode("further 16 KiB of an upload", Load.upload, 21, base=1),
+    "upload": Mode("further 16 KiB of an upload", Load.upload, 61, base=1),
 }

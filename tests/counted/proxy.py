@@ -97,9 +97,8 @@ class Timer:
 def _name(code: CodeType | str) -> str:
     if isinstance(code, str):
         return code
-    if (
-        code.co_filename == "<string>"
-    ):  # made by dataclass, all of one name: its fields tell them apart
+    if code.co_filename == "<string>":
+        # Made by dataclass, and all of one name: their fields tell them apart.
         return f"{code.co_name}({', '.join(code.co_varnames[:4])}, …)"
     path = Path(code.co_filename)
     for base in sorted(sys.path, key=len, reverse=True):
@@ -111,7 +110,7 @@ def _name(code: CodeType | str) -> str:
 
 def _builtin_name(function: Any) -> str:
     """The name that cProfile has for it."""
-    owner, name = function.__self__, function.__name__
+    owner, name = getattr(function, "__self__", None), function.__name__
     if owner is None or isinstance(owner, ModuleType):
         return f"<built-in method {function.__module__}.{name}>"
     method = getattr(type(owner), name, None)
