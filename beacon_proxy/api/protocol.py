@@ -25,8 +25,10 @@ import httptools
 
 from ..contracts import Headers
 from ..errors import BadRequest, HeadTooLarge, ProxyError
+from ..wire.again import Again
 from ..wire.answer import Flow
 from ..wire.connection import Connection
+from ..wire.headers import RequestHead
 from ..wire.upload import ClientGone, Upload
 from ..wire.wheel import GRAIN, Wheel
 
@@ -49,9 +51,10 @@ class Request:
         headers: values without the space around them.
         keep_alive: what the client asked for, or its version implies.
         upload: its body.
+        head: its fields read, by who answers it.
     """
 
-    __slots__ = ("headers", "http11", "keep_alive", "method", "target", "upload")
+    __slots__ = ("head", "headers", "http11", "keep_alive", "method", "target", "upload")
 
     def __init__(
         self,
@@ -68,6 +71,17 @@ class Request:
         self.http11 = http11
         self.keep_alive = keep_alive
         self.upload = upload
+        self.head: RequestHead | None = None
+
+    def again(self, digits: bytes, upload: Upload) -> Request:
+        """The same request with another body."""
+        assert self.head is not None
+        head = self.head.again(digits)
+        other = Request(
+            self.method, self.target, head.headers, self.http11, self.keep_alive, upload
+        )
+        other.head = head
+        return other
 
 
 class Handler(Protocol):
@@ -128,6 +142,7 @@ class ClientConnection(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_again",
         "_behind",
         "_broken",
         "_closing",
@@ -169,6 +184,7 @@ class ClientConnection(asyncio.Protocol):
         self._paused = 0
         self._lingers = self._keeps = self._closing = False
         self._limit = inf
+        self._again: Again[Request] | None = None
         self.bucket: int | None = None
         self.peer = ""
         self.guest: Guest | None = None
@@ -231,6 +247,11 @@ class ClientConnection(asyncio.Protocol):
 
     def _parse(self, data: bytes) -> None:
         assert self._parser is not None
+        if self._again is not None and not self._framing_size and self._request is None:
+            known = self._again.look(data)
+            if known is not None:
+                self._repeat(known, self._again, data)
+                return
         self._framing_size += len(data)
         try:
             self._parser.feed_data(data)
@@ -247,6 +268,22 @@ class ClientConnection(asyncio.Protocol):
             self._lingered()
         if len(self._queue) > AHEAD_MOST:
             self._pause(_AHEAD)
+
+    def _repeat(self, known: Request, again: Again[Request], data: bytes) -> None:
+        """Take a whole request whose head has been read before."""
+        upload = Upload(self)
+        if again.digits:
+            upload.feed(data[again.body_at :])
+        upload.end()
+        self._queue.append(known.again(again.digits, upload))
+        self._next()
+
+    def _learn(self, request: Request) -> None:
+        """Remember the head of a request that was answered: the next may have the same."""
+        if self._again is None:
+            self._again = Again()  # only now: most clients that come once never come again
+        elif request.head is not None and request.head.plain and request.target[:1] == b"/":
+            self._again.learn(request)
 
     def _check_framing(self) -> None:
         """Refuse an endless head, and a body that is nearly all framing (chunk extensions, say)."""
@@ -348,12 +385,14 @@ class ClientConnection(asyncio.Protocol):
 
     def _let_go(self, keep_alive: bool) -> None:
         """Be done with a request that was answered, and whose body has passed."""
-        self._request = None
+        request, self._request = self._request, None
         self._lingers = False
         if not keep_alive or self._server.closing:
             self._close()
             return
         self._limit_to(self._server.head_timeout)
+        if request is not None:
+            self._learn(request)
         if self._queue or self._behind is None:
             self._next()
             return

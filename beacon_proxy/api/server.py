@@ -224,12 +224,12 @@ class Api:
         return "draining"
 
     def _read_head(self, exchange: Exchange, sink: ClientSink, request: Request) -> RequestHead:
-        headers, http11 = request.headers, request.http11
-        head, fault = None, None
-        try:
-            head = read_request_head(headers, http11)
-        except ProxyError as exc:
-            fault = exc
+        headers, head, fault = request.headers, request.head, None
+        if head is None:
+            try:
+                head = request.head = read_request_head(headers, request.http11)
+            except ProxyError as exc:
+                fault = exc
         # First of all the id, so that a refusal carries it too.
         exchange.id = request_id(head.rebuilt.get(b"x-request-id") if head is not None else None)
         sink.extra = b"X-Request-Id: %b\r\n" % exchange.id.encode("ascii")

@@ -15,6 +15,7 @@ from typing import cast
 import httptools
 
 from ..contracts import Fault
+from .again import Again
 from .answer import Answer
 from .expect import Framing
 from .headers import AnswerHead, find
@@ -43,6 +44,7 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_again",
         "_answer",
         "_done",
         "_drained",
@@ -92,6 +94,7 @@ class Connection(asyncio.Protocol):
         self._writing_paused = False
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._pieces: list[bytes] = []
+        self._again: Again[AnswerHead] | None = None
         self._reset_message()
 
     def _reset_message(self) -> None:
@@ -177,6 +180,11 @@ class Connection(asyncio.Protocol):
             answer.on_piece(data)
             return
         self.answered = True
+        if self._again is not None and not (self._headed or self._framing_size):
+            known = self._again.look(data)
+            if known is not None and not answer.expect.head_only:
+                self._repeat(known, self._again, data)
+                return
         self._framing_size += len(data)
         try:
             parser.feed_data(data)
@@ -201,6 +209,26 @@ class Connection(asyncio.Protocol):
             self._finish()
         elif not answer.decided:
             answer.on_read()
+
+    def _repeat(self, known: AnswerHead, again: Again[AnswerHead], data: bytes) -> None:
+        """Take a whole answer whose head has been read before."""
+        answer = self._answer
+        assert answer is not None
+        self._keep, self._framing = True, _LENGTH
+        answer.on_head(known.again(again.digits), _LENGTH)
+        if again.body_at < len(data):
+            answer.on_piece(data[again.body_at :])
+        self._finish()
+
+    def _learn(self) -> None:
+        """Remember the head of an answer that ended well: the next may have the same."""
+        head = self._answer.head if self._answer is not None else None
+        if not self.reused:
+            return
+        if self._again is None:
+            self._again = Again()
+        elif head is not None and self._framing is _LENGTH:
+            self._again.learn(head)
 
     def eof_received(self) -> None:
         if self._tunnel is None and self._answer is not None:
@@ -314,10 +342,13 @@ class Connection(asyncio.Protocol):
             self._answer.on_piece(piece)
 
     def _finish(self) -> None:
+        trailers = tuple(self._fields) if self._framing is _CHUNKED else ()
+        again = not self._excess and self.uploaded and not self.closing and self._keep
+        if again:
+            self._learn()
         answer, self._answer = self._answer, None
         assert answer is not None
-        trailers = tuple(self._fields) if self._framing is _CHUNKED else ()
-        if not self._excess and self.uploaded and not self.closing and self._keep:
+        if again:
             self._reset_message()
             self.reused = True
             self._release(self)

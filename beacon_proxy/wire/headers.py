@@ -89,15 +89,19 @@ class RequestHead:
         hints: x-beacon-* without the prefix.
         length: Content-Length.
         upgrade: `websocket`, where the client asked for it.
+        plain: it says nothing that changes the state of its connection, or of itself.
     """
 
     __slots__ = (
+        "_field_at",
+        "_length_at",
         "chunked",
         "content_type",
         "headers",
         "hints",
         "length",
         "parts",
+        "plain",
         "rebuilt",
         "te_trailers",
         "upgrade",
@@ -110,8 +114,27 @@ class RequestHead:
         self.hints: dict[bytes, bytes] = {}
         self.length: int | None = None
         self.content_type: bytes | None = None
-        self.chunked = self.te_trailers = False
+        self.chunked = self.te_trailers = self.plain = False
         self.upgrade: bytes | None = None
+        self._length_at = 0  # in `parts`
+        self._field_at = -1  # in `headers`; -1: not looked for yet
+
+    def again(self, digits: bytes) -> RequestHead:
+        """The same head with another Content-Length."""
+        other = RequestHead(self.headers)
+        other.parts = self.parts
+        if digits:
+            headers, at = self.headers, self._field_at
+            if at < 0:
+                at = self._field_at = _length_field(headers)
+            other.headers = (*headers[:at], (headers[at][0], digits), *headers[at + 1 :])
+            other.parts = self.parts.copy()
+            other.parts[self._length_at] = digits
+            other.length = int(digits)
+        other.rebuilt, other.hints = self.rebuilt, self.hints
+        other.content_type = self.content_type
+        other.plain = True
+        return other
 
 
 def read_request_head(headers: Headers, http11: bool) -> RequestHead:
@@ -130,6 +153,7 @@ def read_request_head(headers: Headers, http11: bool) -> RequestHead:
         if kind <= _ACCEL:
             if kind == _LENGTH:
                 head.length = _read_length(head.length, value)
+                head._length_at = len(parts) + 2
             elif kind == _TYPE and head.content_type is None:
                 head.content_type = value
             parts += (name, b": ", value, b"\r\n")
@@ -161,8 +185,11 @@ def read_request_head(headers: Headers, http11: bool) -> RequestHead:
         head.upgrade = None  # RFC 9110 7.8
     if not connection:
         head.upgrade, head.te_trailers = None, False
+        head.plain = not head.chunked and b"max-forwards" not in head.rebuilt
     elif connection not in _HARMLESS or head.upgrade is not None or head.te_trailers:
         _obey_connection(head, connection.lower())
+    else:
+        head.plain = not head.chunked and b"max-forwards" not in head.rebuilt
     return head
 
 
@@ -311,6 +338,11 @@ def request_id(given: bytes | None) -> str:
     return f"{_ids.getrandbits(128):032x}"
 
 
+def _length_field(headers: Headers) -> int:
+    """Where Content-Length stands."""
+    return next(at for at, (name, _) in enumerate(headers) if _known.get(name) == _LENGTH)
+
+
 class AnswerHead:
     """A backend's status line and header section, read once.
 
@@ -327,6 +359,8 @@ class AnswerHead:
     """
 
     __slots__ = (
+        "_field_at",
+        "_length_at",
         "accel",
         "chunked",
         "coding",
@@ -351,6 +385,8 @@ class AnswerHead:
         self.coding: bytes | None = None
         self.chunked = self.special = self.accel = False
         self.parts: list[bytes] = []
+        self._length_at = 0
+        self._field_at = -1
         parts, known = self.parts, _known
         for name, value in headers:
             kind = known.get(name)
@@ -367,6 +403,7 @@ class AnswerHead:
                     if self.length is not None or not value.isdigit() or len(value) > 18:
                         raise ValueError("invalid Content-Length")
                     self.length = int(value)
+                    self._length_at = len(parts) + 2
                 elif kind == _TYPE:
                     self.content_type = self.content_type or value
                 elif kind == _CODING:
@@ -376,6 +413,20 @@ class AnswerHead:
             parts += (name, b": ", value, b"\r\n")
         if self.chunked and self.length is not None:
             raise ValueError("both Content-Length and Transfer-Encoding")
+
+    def again(self, digits: bytes) -> AnswerHead:
+        """The same head with another Content-Length."""
+        headers, at = self.headers, self._field_at
+        if at < 0:
+            at = self._field_at = _length_field(headers)
+        other = AnswerHead(self.status, self.reason, (), True)
+        other.headers = (*headers[:at], (headers[at][0], digits), *headers[at + 1 :])
+        other.length = int(digits)
+        other.content_type, other.coding = self.content_type, self.coding
+        other.special, other.accel = self.special, self.accel
+        other.parts = self.parts.copy()
+        other.parts[self._length_at] = digits
+        return other
 
     def _read_hop(self, name: bytes, value: bytes, http11: bool) -> None:
         if name == b"transfer-encoding":

@@ -107,15 +107,14 @@ class ClientSink:
         self._until_close = open_ended and not self._http11
         if open_ended and not self._http11:
             self.keep_alive = False
-        lines = head.parts
+        lines = [*head.parts, added]
         if watched or head.special or self._replaced or head.status == 204:
-            lines = [self._looked_at(head, watched)]
+            lines = [self._looked_at(head, watched), added]
         if framing is _TUNNEL:
             lines.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
             self.keep_alive = False
         elif not head.accel and is_event_stream(head.content_type or b""):
             lines.append(b"X-Accel-Buffering: no\r\n")  # else an nginx in front holds tokens back
-        lines.append(added)
         self._head(head.status, head.reason, lines)
 
     def _looked_at(self, head: AnswerHead, watched: bool) -> bytes:
