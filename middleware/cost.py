@@ -21,16 +21,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from beacon_proxy.contracts import (
     NO_SLOT,
     Backend,
+    Candidate,
     Candidates,
     Clock,
     Exchange,
-    Live,
     Outcome,
     Permit,
     Verdict,
@@ -38,7 +39,6 @@ from beacon_proxy.contracts import (
 
 _MODES = ("blend", "cost", "latency")
 _UNITS = ("requests", "seconds", "cost")
-_POOLS = ("baseline", "burst")
 _SERVED = (Verdict.GOOD, Verdict.CALLER)
 # How far a credit may go, in mean amounts. A request is always 1, so only an outage moves the
 # credit far: 3 bounds what 300 later requests see of it to one point. Seconds and money vary by
@@ -101,20 +101,7 @@ class Cost:
 
     def select(self, exchange: Exchange, candidates: Candidates) -> Candidates:
         """Sort; candidates of last resort stay behind, in the order in which they came."""
-        mode = self._mode(exchange)
-        bound = self.max_blended_price
-        # The operator's bound is over a client's wish for speed, too.
-        if mode == "cost" or (bound is not None and self.blended_price() > bound):
-            rows = _by_price(candidates)
-        elif mode == "latency":
-            rows = _by_latency(candidates, self.clock())
-        else:
-            rows = _by_pool(candidates, self._ledger.first())
-        rows.sort()
-        ordered = [row[-1] for row in rows]
-        if len(ordered) < len(candidates):
-            ordered += [c for c in candidates if c.last_resort]
-        return ordered
+        return sorted(candidates, key=self._rank(exchange))
 
     def admit(self, exchange: Exchange, backend: Backend) -> Permit | None:
         """Never refuses; the permit counts the exchange in advance."""
@@ -151,58 +138,76 @@ class Cost:
             return None
         return self._ledger.pools.get(backend.pool)
 
-
-_Rows = list[tuple[Any, ...]]  # what to sort by, the place that it came in, the candidate
-
-
-def _by_price(candidates: Candidates) -> _Rows:
-    rows: _Rows = []
-    for c in candidates:
-        if not c.last_resort:
-            price, live = c.backend.price_per_second, c.live
-            rows.append((c.priority, price, c.distance, live.in_flight, live.picked, len(rows), c))
-    return rows
-
-
-def _by_pool(candidates: Candidates, first: str) -> _Rows:
-    rows: _Rows = []
-    for c in candidates:
-        if not c.last_resort:
-            backend, live = c.backend, c.live
-            pool = 0 if backend.pool == first else 1 if backend.pool in _POOLS else 2
-            price = backend.price_per_second
-            key = c.priority, pool, c.distance, price, live.in_flight, live.picked, len(rows), c
-            rows.append(key)
-    return rows
+    def _rank(self, exchange: Exchange) -> _Rank:
+        mode = self._mode(exchange)
+        bound = self.max_blended_price
+        # The operator's bound is over a client's wish for speed, too.
+        if mode == "cost" or (bound is not None and self.blended_price() > bound):
+            return _by_price
+        if mode == "latency":
+            now = self.clock()
+            return lambda c: _by_latency(c, now)
+        return _BY_POOL[self._ledger.first()]
 
 
-def _by_latency(candidates: Candidates, now: float) -> _Rows:
-    rows: _Rows = []
-    for c in candidates:
-        if not c.last_resort:
-            live = c.live
-            # Among the unknown, spreading out tells more than staying near.
-            spread = live.in_flight if live.latency is None else 0
-            ties = spread, c.distance, live.in_flight, live.picked
-            rows.append((c.priority, _score(live, now), *ties, len(rows), c))
-    return rows
+_Rank = Callable[[Candidate], tuple[float, ...]]
+_LAST = (math.inf,)  # the rank of every last resort: a sort leaves them as they came
 
 
-def _score(live: Live, now: float) -> float:
+def _by_price(c: Candidate) -> tuple[float, ...]:
+    if c.last_resort:
+        return _LAST
+    price, live = c.backend.price_per_second, c.live
+    return c.priority, price, c.distance, live.in_flight, live.picked
+
+
+def _by_pool(first: str, second: str) -> _Rank:
+    """Make the rank for when the pool `first` goes first."""
+
+    def rank(c: Candidate) -> tuple[float, ...]:
+        if c.last_resort:
+            return _LAST
+        backend, live = c.backend, c.live
+        return (
+            c.priority,
+            0 if backend.pool == first else 1 if backend.pool == second else 2,
+            c.distance,
+            backend.price_per_second,
+            live.in_flight,
+            live.picked,
+        )
+
+    return rank
+
+
+_BY_POOL = {
+    "baseline": _by_pool("baseline", "burst"),
+    "burst": _by_pool("burst", "baseline"),
+}
+
+
+def _by_latency(c: Candidate, now: float) -> tuple[float, ...]:
     """Score in seconds: failures raise it, time without news lowers it.
 
     Untried ones come first, but by one exchange at a time while others are known: a burst must not
     pile up before a GPU that is only starting. The same goes for estimates that faded. One that was
     picked and never answered well is unproven, whatever it answered: a 4xx is no speed.
     """
+    if c.last_resort:
+        return _LAST
+    live = c.live
     idle = live.in_flight == 0
-    if live.latency is None and idle and live.picked == 0:
-        return 0.0
-    latency = _UNPROVEN if live.latency is None else live.latency
-    score = latency / max(live.success, _LEAST_SUCCESS)
-    if idle:
-        score *= 0.5 ** (max(0.0, now - live.last_used) / _HALF_LIFE)
-    return score
+    unknown = live.latency is None
+    if unknown and idle and live.picked == 0:
+        score = 0.0
+    else:
+        latency = _UNPROVEN if live.latency is None else live.latency
+        score = latency / max(live.success, _LEAST_SUCCESS)
+        if idle:
+            score *= 0.5 ** (max(0.0, now - live.last_used) / _HALF_LIFE)
+    # Among the unknown, spreading out tells more than staying near.
+    spread = live.in_flight if unknown else 0
+    return c.priority, score, spread, c.distance, live.in_flight, live.picked
 
 
 @dataclass(slots=True, eq=False)

@@ -50,6 +50,7 @@ class Failover:
     notify: Notify = field(default=tell_nobody, metadata={"injected": True}, repr=False)
     _slots: list[float] = field(default_factory=lambda: [0.0] * _SLOTS, init=False, repr=False)
     _tick: int = field(default=0, init=False, repr=False)  # the slot in use, counted from time 0
+    _rolls_at: float = field(default=_SLOT, init=False, repr=False)  # monotonic s
     _told: float = field(default=-math.inf, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -80,7 +81,9 @@ class Failover:
 
     def observe(self, exchange: Exchange, outcome: Outcome) -> None:
         if outcome.verdict is _GOOD:
-            self._roll(self.clock())
+            now = self.clock()
+            if now >= self._rolls_at:
+                self._roll(now)
             self._slots[self._tick % _SLOTS] += self.retry_budget
 
     def _backoff(self, attempts: int, retry_after: float | None, left: float) -> float:
@@ -104,9 +107,10 @@ class Failover:
 
     def _roll(self, now: float) -> None:
         """Empty the slots that have left the window."""
-        if now < (self._tick + 1) * _SLOT:
-            return
         tick = int(now / _SLOT)
+        if tick <= self._tick:
+            return
         for passed in range(self._tick + 1, min(tick, self._tick + _SLOTS) + 1):
             self._slots[passed % _SLOTS] = 0.0
         self._tick = tick
+        self._rolls_at = (tick + 1) * _SLOT

@@ -120,17 +120,10 @@ class Health:
         if exchange.region and exchange.region_mode == "require":
             candidates = [c for c in candidates if c.backend.region == exchange.region]
         now = self.clock()
-        records, ready = self._records, []
-        for candidate in candidates:
-            live = candidate.live
-            record = records.get(candidate.backend.name)
-            if record is None or record.live is not live:
-                record = self._record(candidate)
-            if live.resting_until > now or live.ejected_until > now:
-                continue
-            if live.ejected_until and record.leased(now):
-                continue
-            ready.append(candidate)
+        if candidates and self._all_well(candidates, now):
+            self._panic = None
+            return candidates
+        ready = [c for c in candidates if self._stands_ready(c, now)]
         self._panic = None if ready else exchange.id
         if ready:
             return ready
@@ -184,6 +177,25 @@ class Health:
         finally:
             task.cancel()
             await asyncio.wait((task,))
+
+    def _all_well(self, candidates: Candidates, now: float) -> bool:
+        """Whether all are known and nothing is held against any: the usual case, told quickly."""
+        records = self._records
+        for candidate in candidates:
+            live = candidate.live
+            record = records.get(candidate.backend.name)
+            if record is None or record.live is not live:
+                return False
+            if live.ejected_until or live.resting_until > now:
+                return False
+        return True
+
+    def _stands_ready(self, candidate: Candidate, now: float) -> bool:
+        live = candidate.live
+        record = self._record(candidate)
+        if live.resting_until > now or live.ejected_until > now:
+            return False
+        return not (live.ejected_until and record.leased(now))
 
     def _badness(self, candidate: Candidate) -> tuple[bool, float, int]:
         live = candidate.live

@@ -149,10 +149,10 @@ class Chooser:
                 if permit is not NO_SLOT:
                     permits.append(permit)
             else:
-                spare = -1 if not candidate.last_resort else 0
+                spare = len(plan) if candidate.last_resort else len(plan) - 1
                 for other in plan:
-                    if not other.last_resort:
-                        spare += 1
+                    if other.last_resort:
+                        spare -= 1
                 return Choice(candidate, self._fleet.providers[backend.provider], permits, spare)
             for permit in permits:
                 permit.release()

@@ -73,21 +73,16 @@ class Fleet:
         for backend, live in self._rows:
             if tried and backend.name in tried:
                 continue
-            if model is not None:
-                models = live.models if backend.models is None else backend.models
-                if models is not None:
-                    if model not in models:
-                        continue
-                elif live.lacking and self._lacked(live, model):
-                    continue
-            found.append(Candidate(backend, live))
+            models = live.models if backend.models is None else backend.models
+            listed = models is not None and model in models  # the usual case, without a call
+            if listed or model is None or self._serves(backend, live, model):
+                found.append(Candidate(backend, live))
         return found
 
     def knows(self, model: str) -> bool:
         """Whether some backend serves, or may serve, the model."""
-        for backend, live in self._rows:
-            models = live.models if backend.models is None else backend.models
-            if model in models if models is not None else not self._lacked(live, model):
+        for backend, live in self._rows:  # noqa: SIM110 - any() takes three times as long
+            if self._serves(backend, live, model):
                 return True
         return False
 
@@ -120,8 +115,11 @@ class Fleet:
             live.lacking.clear()
         live.lacking[model] = self.now() + _LACKING_TIME
 
-    def _lacked(self, live: Live, model: str) -> bool:
-        return live.lacking.get(model, 0.0) > self.now()
+    def _serves(self, backend: Backend, live: Live, model: str) -> bool:
+        models = live.models if backend.models is None else backend.models
+        if models is not None:
+            return model in models
+        return live.lacking.get(model, 0.0) <= self.now()
 
     # -- probes ----------------------------------------------------------------------------------
 
