@@ -215,9 +215,10 @@ def test_blend_when_answer_was_the_callers_fault_or_broke_off_counts_it_as_serve
     assert scene.order()[0] == "golem"
 
 
-def test_blend_when_a_pool_was_away_it_is_not_stampeded_and_the_split_recovers() -> None:
+@pytest.mark.parametrize("away", ["baseline", "burst"])
+def test_blend_when_a_pool_was_away_it_is_not_stampeded_and_the_split_recovers(away: str) -> None:
     scene = Scene()
-    scene.serve(500, down=frozenset({"baseline"}))
+    scene.serve(500, down=frozenset({away}))
     scene.served.clear()
     scene.serve(300)
     assert 207 <= scene.served["baseline"] <= 213

@@ -176,6 +176,16 @@ def test_budget_when_outcomes_are_not_good_deposits_nothing() -> None:
     assert scene.granted(1) == 0
 
 
+def test_budget_of_a_good_attempt_lasts_for_a_window_from_when_it_came() -> None:
+    """Deposits look at the clock too, where no retry is asked for in between."""
+    scene = Scene(min_retries_per_second=0.0, retry_budget=1.0)
+    scene.good()
+    scene.now += 5.0
+    scene.good()
+    scene.now += 7.0
+    assert scene.granted(5) == 1
+
+
 def test_budget_when_empty_tells_the_operator_once_a_window() -> None:
     scene = Scene(min_retries_per_second=0.0)
     scene.granted(50)

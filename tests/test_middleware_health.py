@@ -536,6 +536,14 @@ def test_select_when_another_backend_took_the_name_forgets_the_old() -> None:
     assert scene.ready() == ["a", "b"]
 
 
+def test_select_when_another_backend_took_the_name_of_a_sound_one_watches_the_new() -> None:
+    scene = Scene("a", "b")
+    scene.plan()
+    scene.lives["a"] = Live()
+    scene.eject("a")
+    assert scene.ready() == ["b"]
+
+
 async def test_probe_when_backends_left_the_fleet_forgets_them() -> None:
     scene = Scene("a", "b")
     scene.plan()

@@ -159,6 +159,18 @@ def test_select_when_equally_near_keeps_the_order_it_was_given() -> None:
     assert names(Region(region="us-east").select(exchange("us-east"), same)) == ["c", "a", "b"]
 
 
+def test_select_whatever_regions_clients_make_up_remembers_none() -> None:
+    """Names of regions come from clients: they must not pile up for ever."""
+    region = Region(region="us-east")
+    for n in range(50):
+        chosen = region.select(exchange(f"made-up-{n}"), fleet())
+        assert [c.priority for c in chosen] == [3, 3, 3]
+        assert names(chosen) == ["us-east", "eu-west", "asia-pacific"]
+    region.select(exchange("eu-west"), fleet())
+    region.select(exchange(), fleet())
+    assert set(region._places) == {"eu-west", ""}
+
+
 def test_select_when_last_resort_keeps_the_least_bad_first_and_behind_the_others() -> None:
     bad = [candidate("asia-pacific", "rests", last_resort=True)]
     bad.append(candidate("us-east", "ejected", last_resort=True))
