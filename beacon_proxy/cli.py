@@ -10,8 +10,9 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 
@@ -55,12 +56,15 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from .config import resolve_backends
+    from .config import make_settings, read_settings, resolve_backends
+    from .plugins import Plugins
 
-    warnings = _incomplete(args.config)
+    written = read_settings(args.config)
+    warnings = _incomplete(written)
     for warning in warnings:  # before all else: without a backend, they are why there is none
         _say(f"warning: {warning}")
-    settings, plugins = _load(args.config)
+    plugins = Plugins.discover()
+    settings = make_settings(written, os.environ, plugins)
     resolve_backends(settings, plugins)
     for warning in settings.warnings:
         _say(f"warning: {warning}")
@@ -76,14 +80,9 @@ def _check(args: argparse.Namespace) -> int:
 _PARTNERS = {"MODAL_API_TOKEN": "MODAL_API_BASE", "RUNPOD_API_KEY": "RUNPOD_ENDPOINT_ID"}
 
 
-def _incomplete(path: Path | None) -> list[str]:
+def _incomplete(written: Mapping[str, Any]) -> list[str]:
     """The variables that give no backend, where it is the environment that gives the backends."""
-    from .config import DEFAULT_FILE
-    from .config.document import read
-
-    if path is None and DEFAULT_FILE.exists():
-        path = DEFAULT_FILE
-    if path is not None and "backends" in read(path):
+    if "backends" in written:
         return []
     given = {name for name, value in os.environ.items() if value.strip()}
     return [

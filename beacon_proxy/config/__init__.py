@@ -24,24 +24,44 @@ from .problems import Place, dotted, lines, shown
 from .settings import MiddlewareEntry, Settings, TimeoutSettings
 from .values import split_url
 
-__all__ = ["MiddlewareEntry", "Settings", "load_settings", "make_settings", "resolve_backends"]
+__all__ = [
+    "MiddlewareEntry",
+    "Settings",
+    "load_settings",
+    "make_settings",
+    "read_settings",
+    "resolve_backends",
+]
 
 DEFAULT_FILE = Path("beacon.yaml")
 
 
 def load_settings(path: Path | None, env: Mapping[str, str], plugins: Plugins) -> Settings:
-    """Read and check the configuration; without a path `./beacon.yaml` if there, else `env` alone.
+    """Read and check the configuration.
 
     Raises:
         ConfigError: with every problem there is.
     """
+    return make_settings(read_settings(path), env, plugins)
+
+
+def read_settings(path: Path | None) -> dict[str, Any]:
+    """Read a file's sections; without a path those of `./beacon.yaml` if there, else none.
+
+    Raises:
+        ConfigError: where it is no YAML mapping; what it says is not looked at.
+    """
     if path is None and DEFAULT_FILE.exists():
         path = DEFAULT_FILE
-    return make_settings(read(path) if path else {}, env, plugins)
+    return read(path) if path else {}
 
 
 def make_settings(written: Mapping[str, Any], env: Mapping[str, str], plugins: Plugins) -> Settings:
-    """Check a document, as `load_settings` does with that of a file."""
+    """Check what was read.
+
+    Raises:
+        ConfigError: with every problem there is.
+    """
     unset: list[str] = []
     content: dict[str, Any] = put_in(dict(written), env, unset)
     found: list[str] = []
