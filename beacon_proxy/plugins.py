@@ -39,8 +39,9 @@ class Plugins:
             ConfigError: naming each plugin that cannot be imported and each name claimed twice.
         """
         problems: list[str] = []
-        providers = _load(PROVIDER_GROUP, entry_points(group=PROVIDER_GROUP), problems)
-        middleware = _load(MIDDLEWARE_GROUP, entry_points(group=MIDDLEWARE_GROUP), problems)
+        installed = entry_points()  # once: each call reads the metadata of every package there is
+        providers = _load(PROVIDER_GROUP, installed.select(group=PROVIDER_GROUP), problems)
+        middleware = _load(MIDDLEWARE_GROUP, installed.select(group=MIDDLEWARE_GROUP), problems)
         if problems:
             raise ConfigError(problems)
         return cls(providers, middleware)

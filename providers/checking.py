@@ -10,13 +10,14 @@ import asyncio
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import aiohttp
+from typing import TYPE_CHECKING, Any
 
 from beacon_proxy.contracts import Backend, Check, Fault, Headers, Verdict
 
 from .reading import load
+
+if TYPE_CHECKING:
+    import aiohttp
 
 
 def own_key(backend: Backend) -> Headers:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
-
-import aiohttp
+from typing import TYPE_CHECKING, Any
 
 from beacon_proxy.contracts import Backend, Call, Check, Dialect, Fault, Headers, Prompt, Reading
 from beacon_proxy.errors import ConfigError
@@ -19,6 +17,9 @@ from beacon_proxy.regions import canonical_region
 from .checking import check_models, judge_server, own_key
 from .openai import CHAT, join_target, setting, url_problem
 from .reading import ask_chat, read_answer
+
+if TYPE_CHECKING:
+    import aiohttp
 
 _ENDPOINTS = "GOLEM_PROVIDER_ENDPOINTS"
 

@@ -8,9 +8,7 @@ least, so there is no check: real traffic alone tells how a backend is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import aiohttp
+from typing import TYPE_CHECKING, Any
 
 from beacon_proxy.contracts import Backend, Call, Check, Fault, Headers, Prompt, Reading
 from beacon_proxy.errors import ConfigError
@@ -19,6 +17,9 @@ from beacon_proxy.regions import canonical_region
 from .checking import LOOK, judge_server
 from .openai import CHAT, join_target, setting, url_problem
 from .reading import ask_chat, read_answer
+
+if TYPE_CHECKING:
+    import aiohttp
 
 _BASE, _TOKEN = "MODAL_API_BASE", "MODAL_API_TOKEN"
 _EDGE = b"modal-http:"

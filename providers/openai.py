@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-
-import aiohttp
 
 from beacon_proxy.contracts import Backend, Call, Check, Fault, Headers, Prompt, Reading
 
 from .checking import check_models, judge_server, own_key
 from .reading import ask_chat, read_answer
+
+if TYPE_CHECKING:
+    import aiohttp
 
 
 class OpenAI:

@@ -11,10 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
-
-import aiohttp
-from aiohttp_retry import ExponentialRetry, RetryClient
+from typing import TYPE_CHECKING, Any
 
 from beacon_proxy.contracts import Backend, Call, Check, Fault, Headers, Prompt, Reading, Verdict
 from beacon_proxy.errors import ConfigError
@@ -23,6 +20,10 @@ from beacon_proxy.regions import canonical_region
 from .checking import LOOK, Answer, bounded, judge_server, origin, plain
 from .openai import CHAT, join_target, setting, url_problem
 from .reading import ask_chat, load, read_answer
+
+if TYPE_CHECKING:
+    import aiohttp
+    from aiohttp_retry import RetryClient
 
 _BASE, _KEY, _ID = "RUNPOD_API_BASE", "RUNPOD_API_KEY", "RUNPOD_ENDPOINT_ID"
 _DEFAULT_BASE = "https://api.runpod.ai/v2"
@@ -45,12 +46,7 @@ class RunPod:
 
     def __init__(self, retry_delay: float = 0.1) -> None:
         """`retry_delay`: s before a question to the control plane is put a second time."""
-        self._retries = ExponentialRetry(
-            attempts=2,
-            start_timeout=retry_delay,
-            factor=1.0,
-            exceptions={aiohttp.ClientConnectionError},
-        )
+        self._retry_delay = retry_delay
 
     def from_environment(self, env: Mapping[str, str], region: str) -> list[dict[str, Any]]:
         """One row once the endpoint is named; a key alone waits for it.
@@ -120,8 +116,7 @@ class RunPod:
         if url is None:
             return None
         headers = plain(self.credentials(backend))
-        # It borrows the session, so it is not closed.
-        client = RetryClient(session, retry_options=self._retries)
+        client = _retrying(session, self._retry_delay)
         async with client.get(url, headers=headers, allow_redirects=False) as response:
             answer = await bounded(response)
         if answer.status != 200:
@@ -142,6 +137,18 @@ class RunPod:
             # Taken for an answer, it would be an empty text at a price.
             return replace(reading, error=f"the job is still {status}")
         return reading
+
+
+def _retrying(session: aiohttp.ClientSession, delay: float) -> RetryClient:
+    """A client that asks again, once, where the connection failed; the session stays ours."""
+    # Not above: each command loads each provider, and most have no RunPod backend to ask.
+    from aiohttp import ClientConnectionError
+    from aiohttp_retry import ExponentialRetry, RetryClient
+
+    retries = ExponentialRetry(
+        attempts=2, start_timeout=delay, factor=1.0, exceptions={ClientConnectionError}
+    )
+    return RetryClient(session, retry_options=retries)
 
 
 def _speaks_openai(backend: Backend) -> bool:
