@@ -25,9 +25,9 @@ _SINCE = re.compile(r"[1-9][0-9]{0,5}[smhdw]")
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit status."""
+    args = _parser().parse_args(argv)
     from .errors import ConfigError
 
-    args = _parser().parse_args(argv)
     commands = {"serve": _serve, "check": _check, "costs": _costs, "demo": _demo}
     try:
         return commands[args.command](args)
