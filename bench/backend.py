@@ -7,7 +7,8 @@ under way, each with how many tokens it had. What it answers:
 
     POST /v1/chat/completions   a document, or the tokens of a stream, one each `interval` s
     GET /v1/models, /health     what health checks ask for
-    GET /v1/files/N/content     N bytes;  POST /v1/files: how many bytes came, and their CRC-32
+    GET /v1/files/N/content     N bytes
+    any body of more than 1 MB  how many bytes came, and their CRC-32
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from typing import Any, cast
 
 import uvloop
 
-from . import work
+from . import transfer, work
 from .framing import END_OF_HEAD, Chunks, length_of
+from .transfer import Sink, Source
 
+LARGE = 1 << 20  # bytes of a body that is not kept
 SLOT = 0.001  # s; the timers of the loop know no less
 
 
@@ -35,6 +38,7 @@ class Spec:
     listeners: int = 5
     tokens: int = 0  # of a stream; 0: until SIGUSR1 ends all streams
     interval: float = 0.02  # s between two tokens
+    rate: float = 0.0  # bytes/s at which large bodies are read; 0: as they come
 
 
 class Pacer:
@@ -77,7 +81,7 @@ class Stream:
 
     __slots__ = ("_events", "_sent", "_tokens", "_transport", "slot")
 
-    def __init__(self, transport: asyncio.WriteTransport, number: int, tokens: int) -> None:
+    def __init__(self, transport: asyncio.Transport, number: int, tokens: int) -> None:
         self._transport = transport
         self._events = work.Events(number)
         self._tokens, self._sent = tokens, 0
@@ -133,40 +137,78 @@ class Conversation(asyncio.Protocol):
         self._house = house
         self._rest = b""
         self._stream: Stream | None = None
+        self._upload: tuple[Sink, int] | None = None  # and how many bytes it will be
+        self._source: Source | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.WriteTransport, transport)
+        self._transport = cast(asyncio.Transport, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._stream is not None:
             self._stream.stop()
 
+    def pause_writing(self) -> None:
+        if self._source is not None:
+            self._source.pause()
+
+    def resume_writing(self) -> None:
+        if self._source is not None:
+            self._source.resume()
+
     def data_received(self, data: bytes) -> None:
+        if self._upload is not None:
+            self._take(data)
+            return
         self._rest = data = self._rest + data if self._rest else data
         end = data.find(END_OF_HEAD)
         if end < 0:
             return
         head = data[:end].lower()
-        body = _body(head, data[end + 4 :])
-        if body is None:
-            return
-        self._rest = b""
+        data = data[end + 4 :]
+        length = _length(head)
+        if length is not None and length > LARGE:
+            self._rest = b""
+            self._upload = (Sink(self._transport, self._house.spec.rate), length)
+            self._take(data)
+        elif (body := _body(length, data)) is not None:
+            self._rest = b""
+            self._answer(head, body)
+
+    def _answer(self, head: bytes, body: bytes) -> None:
+        house = self._house
         if head.startswith(b"post") and (b'"stream":true' in body or b'"stream": true' in body):
-            house = self._house
-            self._stream = Stream(self._transport, work.number_in(body) or 0, house.spec.tokens)
+            number = work.number_in(body) or 0
+            self._stream = Stream(self._transport, number, house.spec.tokens)
             house.pacer.add(self._stream)
+        elif head.startswith(b"get /v1/files/"):
+            size = int(head.split(b"/")[3])
+            self._transport.write(work.head("application/octet-stream", size))
+            self._source = Source(self._transport, transfer.blocks(size))
         else:
-            self._transport.write(self._house.answer(head, body))
+            self._transport.write(house.answer(head, body))
+
+    def _take(self, data: bytes) -> None:
+        assert self._upload is not None
+        sink, length = self._upload
+        sink.feed(data)
+        if sink.size >= length:
+            self._upload = None
+            self._transport.write(_json({"object": "upload", "size": sink.size, "crc": sink.crc}))
 
 
-def _body(head: bytes, data: bytes) -> bytes | None:
+def _length(head: bytes) -> int | None:
+    """How long the body of a request is; None: it is chunked."""
+    framed = b"\r\ncontent-length:" in head or b"\r\ntransfer-encoding:" in head
+    return length_of(head) if framed else 0
+
+
+def _body(length: int | None, data: bytes) -> bytes | None:
     """The body of a request; None: it is not whole."""
-    if b"\r\ntransfer-encoding:" in head:
-        chunks = Chunks()
-        body = chunks.feed(data)
-        return body if chunks.done else None
-    length = length_of(head) or 0 if b"\r\ncontent-length:" in head else 0
-    return data if len(data) == length else None
+    if length is not None:
+        return data if len(data) == length else None
+    chunks = Chunks()
+    body = chunks.feed(data)
+    return body if chunks.done else None
 
 
 async def serve(spec: Spec) -> None:

@@ -52,7 +52,7 @@ class Bed:
         Raises:
             Failed: it did not end as it should.
         """
-        given = {"port": self.port, "root": self.root, "backend": self.backend}
+        given: dict[str, Any] = {"port": self.port, "root": self.root, "backend": self.backend}
         given |= {"exact": self.contender.exact, **spec}
         command = [sys.executable, "-m", "bench.load", json.dumps(given)]
         log = self.folder / "load.log"

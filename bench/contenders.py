@@ -22,6 +22,10 @@ ROOT = Path(__file__).parent.parent
 HOST = "127.0.0.1"
 
 
+class Missing(Failed):
+    """A contender that only the system can bring, and does not."""
+
+
 class Contender:
     """One proxy.
 
@@ -60,12 +64,12 @@ class Beacon(Contender):
     def version(self) -> str:
         from beacon_proxy import __version__
 
-        command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"]
+        command = ["git", "-C", os.fspath(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
         return f"{__version__} ({done.stdout.strip()})" if done.stdout else __version__
 
     def command(self, folder: Path, port: int, backends: Sequence[int]) -> list[str | Path]:
-        rows = [
+        rows: list[dict[str, object]] = [
             {"name": "near-1", "provider": "golem", "kind": "openai", "region": "us-east"},
             {"name": "near-2", "provider": "openai", "region": "us-east"},
             {"name": "near-3", "provider": "openai", "region": "us-east"},
@@ -236,7 +240,7 @@ http {{
 def _nginx() -> str:
     found = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if found is None:
-        raise Failed("nginx is not on this system")
+        raise Missing("it is not on this system")
     return found
 
 

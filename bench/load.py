@@ -19,21 +19,23 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import uvloop
 
-from . import work
+from . import transfer, work
 from .framing import END_OF_HEAD, Broken, Chunks, length_of
 from .processes import Tree
+from .transfer import Sink, Source
 
 
 @dataclass
 class Spec:
     """What to ask, of whom, and for how long."""
 
-    kind: str  # documents or streams
+    kind: str  # documents, streams, upload or download
     port: int
     root: int = 0  # leader of the process tree that is measured; 0: none
     connections: int = 32
@@ -42,6 +44,9 @@ class Spec:
     limit: float = 30.0  # s until all streams must have begun, and until the last answer ends
     backend: int = 0  # process that ends the streams at SIGUSR1
     exact: bool = True  # answers must be the backend's to the byte
+    size: int = 0  # bytes of an upload or download
+    rate: float = 0.0  # bytes/s at which a download is read; 0: as they come
+    body: str = "file"  # of an upload: see transfer.BODIES
 
 
 @dataclass
@@ -55,6 +60,13 @@ class Counts:
     times: list[float] = field(default_factory=list)  # s of an answer, or of a token's way
     all_done: int = 0  # answers since the start of the load, good ones
     begun: int = 0  # streams that had a token
+    streams: int = 0  # that must
+    all_begun: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def begin_stream(self) -> None:
+        self.begun += 1
+        if self.begun == self.streams:
+            self.all_begun.set()
 
     def begin(self) -> None:
         self.done = self.tokens = 0
@@ -279,7 +291,7 @@ class Tokens(asyncio.Protocol):
             counts = self._counts
             counts.tokens += found
             if not self._tokens:
-                counts.begun += 1
+                counts.begin_stream()
             self._tokens += found
             at += len(work.STAMP)
             sent = int(payload[at : at + work.STAMP_DIGITS])
@@ -318,7 +330,7 @@ async def run(spec: Spec) -> dict[str, Any]:
 
     asyncio.get_running_loop().set_exception_handler(failed)
     found = await KINDS[spec.kind](spec, counts)
-    if not counts.all_done:
+    if not counts.all_done and not counts.errors:
         counts.errors["no good answer at all"] += 1
     return found | {"answers": counts.all_done, "errors": dict(counts.errors)}
 
@@ -345,13 +357,16 @@ async def load_documents(spec: Spec, counts: Counts) -> dict[str, Any]:
 
 async def load_streams(spec: Spec, counts: Counts) -> dict[str, Any]:
     """The window begins when every stream has a token; after it the backend ends them all."""
+    before = Tree(spec.root).memory().rss if spec.root else 0
     lanes = [Tokens(spec, counts, n) for n in range(spec.connections)]
     ramp = spec.warm * 0.7
+    counts.streams = len(lanes)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(lane.run(ramp * n / len(lanes))) for n, lane in enumerate(lanes)]
         began = time.monotonic()
-        while counts.begun < len(lanes) and time.monotonic() - began < spec.limit:
-            await asyncio.sleep(0.05)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(spec.limit):
+                await counts.all_begun.wait()
         await asyncio.sleep(max(0.5, spec.warm - (time.monotonic() - began)))
         counts.begin()
         await asyncio.sleep(spec.seconds)
@@ -365,10 +380,119 @@ async def load_streams(spec: Spec, counts: Counts) -> dict[str, Any]:
         for task in late:
             counts.errors["a stream that does not end"] += 1
             task.cancel()
-    return found
+    return found | {"before": before}
 
 
-KINDS = {"documents": load_documents, "streams": load_streams}
+class Transfer(asyncio.Protocol):
+    """One client of one large request or answer."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+        self._rest = b""
+        self._sink: Sink | None = None
+        self._source: Source | None = None
+        self.ended: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        host, size = f"127.0.0.1:{self._spec.port}", self._spec.size
+        if self._spec.kind == "download":
+            self._transport.write(work.plain_head(f"GET /v1/files/{size}/content", host))
+            return
+        length, pieces = transfer.BODIES[self._spec.body](size)
+        target = "/v1/chat/completions" if self._spec.body == "chat" else "/v1/files"
+        self._transport.write(work.plain_head(f"POST {target}", host, length))
+        self._source = Source(self._transport, pieces)
+
+    def pause_writing(self) -> None:
+        if self._source is not None:
+            self._source.pause()
+
+    def resume_writing(self) -> None:
+        if self._source is not None:
+            self._source.resume()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end("connection lost")
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            if self._sink is not None:
+                self._take(data)
+                return
+            self._rest = data = self._rest + data
+            if self._spec.kind == "download":
+                self._begin(data)
+            elif (answer := read(data)) is not None:
+                self._end(self._fault(*answer))
+        except (Broken, ValueError, LookupError) as exc:
+            self._end(str(exc))
+
+    def _begin(self, data: bytes) -> None:
+        end = data.find(END_OF_HEAD)
+        if end < 0:
+            return
+        head = data[:end].lower()
+        if not head.startswith(b"http/1.1 200 "):
+            raise Broken(f"status {head[9:12].decode()}")
+        self._chunks = Chunks() if length_of(head) is None else None
+        if self._chunks is None and length_of(head) != self._spec.size:
+            raise Broken("an answer of another length")
+        self._sink = Sink(self._transport, self._spec.rate)
+        if len(data) > end + 4:
+            self._take(data[end + 4 :])
+
+    def _take(self, data: bytes) -> None:
+        sink, chunks = self._sink, self._chunks
+        assert sink is not None
+        sink.feed(data if chunks is None else chunks.feed(data))
+        if sink.size > self._spec.size:
+            raise Broken("more bytes than the answer has")
+        if sink.size == self._spec.size and (chunks is None or chunks.done):
+            whole = sink.crc == transfer.crc_of(transfer.blocks(sink.size))
+            self._end(None if whole else "an answer with other bytes")
+
+    def _fault(self, head: bytes, body: bytes) -> str | None:
+        if not head.startswith(b"http/1.1 200 "):
+            return f"status {head[9:12].decode()}"
+        length, pieces = transfer.BODIES[self._spec.body](self._spec.size)
+        said = json.loads(body)
+        if (said["size"], said["crc"]) != (length, transfer.crc_of(pieces)):
+            return "an upload that came with other bytes"
+        return None
+
+    def _end(self, fault: str | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(fault)
+            self._transport.abort()
+
+
+async def load_transfer(spec: Spec, counts: Counts) -> dict[str, Any]:
+    """One upload or download; the window is the whole of it, and the peak is of its time."""
+    tree = Tree(spec.root)
+    if spec.root:
+        tree.forget_peak()
+    before = tree.memory().rss if spec.root else 0
+    counts.begin()
+    loop = asyncio.get_running_loop()
+    _, client = await loop.create_connection(lambda: Transfer(spec), "127.0.0.1", spec.port)
+    fault: str | None = "no end"
+    with suppress(TimeoutError):
+        async with asyncio.timeout(spec.limit):
+            fault = await client.ended
+    if fault:
+        counts.errors[fault] += 1
+    else:
+        counts.all_done += 1
+    return counts.end() | {"before": before}
+
+
+KINDS = {
+    "documents": load_documents,
+    "streams": load_streams,
+    "upload": load_transfer,
+    "download": load_transfer,
+}
 
 
 if __name__ == "__main__":

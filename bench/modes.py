@@ -109,8 +109,42 @@ def stream(
             if under.root:
                 run.figures["cpu_us_per_token"] = found["cpu"] / found["tokens"] * US
                 run.figures |= _memory(found)
+                run.figures["rss_kb_per_stream"] = (found["rss"] - found["before"]) / streams / 1e3
     _check_log(run, under.lines, found["answers"] + 1)
     return run
+
+
+SIZE = 100_000_000  # bytes of an upload or download
+SLOW = 20_000_000  # bytes/s of a slow side
+
+
+def _transfers(kind: str, variants: Mapping[str, dict[str, Any]]) -> Callable[..., Run]:
+    """One transfer a variant, each with a contender that has done nothing else yet."""
+
+    def once(contender: Contender, seconds: float) -> Run:
+        run = Run()
+        for name, spec in variants.items():
+            rate = spec.get("backend_rate", 0.0)
+            given = {key: value for key, value in spec.items() if key != "backend_rate"}
+            with bed(contender, {"rate": rate}) as under:
+                found = under.load(kind=kind, size=SIZE, **given)
+                run.take(found)
+                run.figures[f"seconds@{name}"] = found["seconds"]
+                if under.root:
+                    run.figures[f"growth_mb@{name}"] = (found["peak"] - found["before"]) / MB
+                    run.figures[f"cpu_s@{name}"] = found["cpu"]
+        return run
+
+    return once
+
+
+UPLOADS: dict[str, dict[str, Any]] = {
+    "file": {},
+    "file, slow backend": {"backend_rate": SLOW},
+    "chat": {"body": "chat"},
+    "chat, slow backend": {"body": "chat", "backend_rate": SLOW},
+}
+DOWNLOADS: dict[str, dict[str, Any]] = {"file": {}, "file, slow reader": {"rate": SLOW}}
 
 
 def _paced(contender: Contender, seconds: float) -> Run:
@@ -118,7 +152,36 @@ def _paced(contender: Contender, seconds: float) -> Run:
     return stream(contender, 5 if contender.name == LITELLM else 300, 0.02, seconds)
 
 
+def _open(contender: Contender, seconds: float) -> Run:
+    return stream(contender, 2000, 0.25, seconds, warm=4)
+
+
+def _open_8000(contender: Contender, seconds: float) -> Run:
+    return stream(contender, 8000, 1.0, seconds, warm=12)
+
+
+SCALE = (100, 500, 1000, 2000, 4000)  # streams
+SCALE_RATE = 10_000  # tokens/s of all of them
+
+
+def _scale(contender: Contender, seconds: float) -> Run:
+    run = Run()
+    for streams in SCALE:
+        once = stream(contender, streams, streams / SCALE_RATE, seconds, warm=1 + streams / 800)
+        run.errors.update(once.errors)
+        for name in ("cpu_us_per_token", "rss_mb", "p50_us", "p99_us"):
+            if name in once.figures:
+                run.figures[f"{name}@{streams}"] = once.figures[name]
+    return run
+
+
+def _start(contender: Contender, seconds: float) -> Run:
+    with bed(contender) as under:
+        return Run({"first_answer_s": under.first_answer})
+
+
 EVERYBODY = (BEACON, ENVOY, VLLM, VLLM_RR, LITELLM, NGINX, DIRECT)
+_TOO_MANY = "a millisecond of CPU a token: it would need eight cores and more"
 ALL: dict[str, Mode] = {
     mode.name: mode
     for mode in (
@@ -129,6 +192,58 @@ ALL: dict[str, Mode] = {
             _documents(32),
         ),
         Mode("lat", "1 connection, the same requests", EVERYBODY, _documents(1)),
-        Mode("paced", "300 streams, a token every 20 ms on each", EVERYBODY, _paced),
+        Mode(
+            "paced",
+            "300 streams (LiteLLM: 5, more it cannot serve), a token every 20 ms on each",
+            EVERYBODY,
+            _paced,
+        ),
+        Mode(
+            "open",
+            "2000 streams, a token every 250 ms on each",
+            (BEACON, ENVOY, VLLM, NGINX, DIRECT),
+            _open,
+            {LITELLM: _TOO_MANY, VLLM_RR: "as vllm-router: the policy is of no weight here"},
+        ),
+        Mode(
+            "open-8000",
+            "8000 streams in one process, a token every second on each",
+            (BEACON, ENVOY, VLLM, NGINX),
+            _open_8000,
+            {LITELLM: _TOO_MANY},
+            repeats=1,
+        ),
+        Mode(
+            "upload",
+            "a body of 100 MB, to /v1/files and as a chat request; a slow backend takes 20 MB/s",
+            (BEACON, ENVOY, NGINX, DIRECT),
+            _transfers("upload", UPLOADS),
+            {
+                LITELLM: "takes files only for providers that it knows",
+                VLLM: "answers 400 to what is no JSON, and writes JSON anew, not passing it on",
+            },
+        ),
+        Mode(
+            "download",
+            "an answer of 100 MB; a slow reader takes 20 MB/s",
+            (BEACON, ENVOY, VLLM, NGINX, DIRECT),
+            _transfers("download", DOWNLOADS),
+            {LITELLM: "gives files only of providers that it knows"},
+        ),
+        Mode(
+            "scale",
+            "the same 10 000 tokens/s, spread over 100 to 4000 streams",
+            (BEACON, ENVOY, VLLM),
+            _scale,
+            {LITELLM: _TOO_MANY},
+            seconds=4,
+        ),
+        Mode(
+            "start",
+            "from the start of the process to its first answer",
+            (BEACON, ENVOY, VLLM, LITELLM, NGINX),
+            _start,
+            repeats=5,
+        ),
     )
 }

@@ -22,8 +22,8 @@ _LIMIT = 900.0  # s that one installation may take; litellm brings 600 MB
 def requirements() -> dict[str, str]:
     """Folder -> requirement."""
     lines = (HERE / "peers.txt").read_text().splitlines()
-    rows = [line.split() for line in lines if line and not line.startswith("#")]
-    return {name: requirement for name, requirement in rows}
+    rows = (line.split(maxsplit=1) for line in lines if line and not line.startswith("#"))
+    return dict(rows)
 
 
 def version(name: str) -> str:
@@ -56,7 +56,10 @@ def _has(folder: Path, requirement: str) -> bool:
 
 
 def _install(folder: Path, requirement: str) -> None:
-    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--quiet"]
-    pip += ["--disable-pip-version-check", requirement]
-    for command in ([sys.executable, "-m", "venv", "--clear", folder], pip):
+    python = folder / "bin" / "python"
+    commands: tuple[list[str | Path], ...] = (
+        [sys.executable, "-m", "venv", "--clear", folder],
+        [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", requirement],
+    )
+    for command in commands:
         subprocess.run(command, check=True, timeout=_LIMIT, stdin=subprocess.DEVNULL)

@@ -184,10 +184,8 @@ def stop(process: subprocess.Popen[bytes], patience: float = 5.0) -> None:
     tree = Tree(process.pid)
     with suppress(ProcessLookupError):
         process.terminate()
-    try:
+    with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
         process.wait(patience)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        pass
     deadline = time.monotonic() + 1
     while (left := tree.pids()) and time.monotonic() < deadline:
         tree.kill(signal.SIGKILL)

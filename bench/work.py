@@ -43,73 +43,12 @@ X-Client-Request-Id: {number}\r
 x-stainless-retry-count: 0\r
 x-stainless-read-timeout: 600\r
 """
-_WORDS = [
-    "the",
-    "of",
-    "a",
-    "to",
-    "in",
-    "is",
-    "that",
-    "for",
-    "it",
-    "as",
-    "was",
-    "with",
-    "be",
-    "by",
-    "on",
-    "not",
-    "he",
-    "his",
-    "but",
-    "at",
-    "are",
-    "this",
-    "have",
-    "from",
-    "or",
-    "had",
-    "an",
-    "they",
-    "which",
-    "one",
-    "you",
-    "were",
-    "all",
-    "her",
-    "she",
-    "there",
-    "would",
-    "their",
-    "we",
-    "him",
-    "been",
-    "has",
-    "when",
-    "who",
-    "will",
-    "no",
-    "more",
-    "if",
-    "out",
-    "so",
-    "what",
-    "up",
-    "said",
-    "about",
-    "than",
-    "into",
-    "them",
-    "can",
-    "only",
-    "other",
-    "time",
-    "new",
-    "some",
-    "could",
-    "these",
-]
+_TEXT = (
+    "the of a to in is that for it as was with be by on not he his but at are this have from or "
+    "had an they which one you were all her she there would their we him been has when who will "
+    "no more if out so what up said about than into them can only other time new some could these"
+)
+_WORDS = _TEXT.split()
 
 
 class Requests:
@@ -147,6 +86,14 @@ def _request(host: str, rng: random.Random, *, stream: bool) -> tuple[bytes, ...
     ).encode() + body
     before, between, after = whole.split(NUMBER_0)
     return before + MARK, between + MARK, after
+
+
+def plain_head(line: str, host: str, length: int | None = None) -> bytes:
+    """The head of a request that is no chat request, `line` its method and target."""
+    head = f"{line} HTTP/1.1\r\n" + _HEADERS.format(host=host, key=KEY, number=NUMBER_0.decode())
+    if length is not None:
+        head += f"Content-Length: {length}\r\n"
+    return head.encode() + b"\r\n"
 
 
 def text(rng: random.Random, words: int) -> str:

@@ -1,0 +1,144 @@
+"""What the runs gave: kept in results.json, and the medians, noise and ratios that follow from it.
+
+    {"modes": {NAME: {"date", "machine", "versions", "seconds",
+                      "runs": {CONTENDER: [{"figures": {…}, "errors": {…}}, …]}}}}
+
+Every run is kept. A mode that is run again replaces its former self as a whole, so that what is
+compared always comes from the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .modes import BEACON, DIRECT
+from .targets import Target
+
+Results = dict[str, Any]
+FILE = Path(__file__).parent / "results.json"
+
+
+@dataclass(frozen=True)
+class Stat:
+    """The median of some runs, and their noise: (max - min) / median."""
+
+    value: float
+    noise: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Stat:
+        middle = median(values)
+        spread = max(values) - min(values)
+        return cls(middle, spread / abs(middle) if middle else 0.0)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a target stands: its value, the two figures that make it, and whether it is met."""
+
+    target: Target
+    value: float
+    ours: float
+    theirs: float | None
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.target.limit
+
+
+def load(path: Path = FILE) -> Results:
+    return json.loads(path.read_text()) if path.exists() else {"modes": {}}
+
+
+def save(results: Results, path: Path = FILE) -> None:
+    """Write all or nothing."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    part.replace(path)
+
+
+def merge(old: Results, new: Results) -> Results:
+    """The modes of both; of a mode that both have, the new one."""
+    return {**old, "modes": {**old["modes"], **new["modes"]}}
+
+
+def stats(mode: Mapping[str, Any]) -> dict[str, dict[str, Stat]]:
+    """Contender -> figure -> its median and noise.
+
+    Beside what was measured: `added_p50_us`, what a contender adds to the time of the requests that
+    went `direct` in the same round, and `errors`, of all runs.
+    """
+    runs: Mapping[str, list[dict[str, Any]]] = mode["runs"]
+    found = {}
+    for contender, ours in runs.items():
+        figures = dict.fromkeys(name for run in ours for name in run["figures"])
+        rows = {name: Stat.of([*_values(ours, name)]) for name in figures}
+        if added := _added(ours, runs.get(DIRECT, [])):
+            rows["added_p50_us"] = Stat.of(added)
+        rows["errors"] = Stat(sum(errors(ours).values()), 0.0)
+        found[contender] = rows
+    return found
+
+
+def _values(runs: Sequence[Mapping[str, Any]], figure: str) -> Iterator[float]:
+    return (run["figures"][figure] for run in runs if figure in run["figures"])
+
+
+def _added(ours: Sequence[Mapping[str, Any]], direct: Sequence[Mapping[str, Any]]) -> list[float]:
+    if ours is direct:
+        return []
+    pairs = zip(ours, direct, strict=False)
+    both = [(one["figures"], other["figures"]) for one, other in pairs]
+    name = "p50_us"
+    return [one[name] - other[name] for one, other in both if name in one and name in other]
+
+
+def errors(runs: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for run in runs:
+        total.update(run["errors"])
+    return total
+
+
+def judge(results: Results, targets: Sequence[Target]) -> list[Verdict]:
+    """How each target stands for which there are figures."""
+    found = []
+    for target in targets:
+        mode = results["modes"].get(target.mode)
+        if mode is None:
+            continue
+        rows = stats(mode)
+        ours = rows.get(BEACON, {}).get(target.figure)
+        theirs = None
+        if target.over is not None:
+            theirs = rows.get(target.over, {}).get(target.over_figure or target.figure)
+        if ours is None or (target.over is not None and theirs is None):
+            continue
+        if theirs is None:
+            found.append(Verdict(target, ours.value, ours.value, None))
+        elif theirs.value > 0:
+            found.append(Verdict(target, ours.value / theirs.value, ours.value, theirs.value))
+    return found
+
+
+def machine() -> dict[str, str]:
+    """What the figures depend on."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": str(os.cpu_count()),
+        "kernel": f"{platform.system()} {platform.release()}",
+        "python": f"Python {platform.python_version()}",
+    }
