@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import signal
 import sys
 import time
@@ -37,6 +38,9 @@ class Spec:
 
     listeners: int = 5
     tokens: int = 0  # of a stream; 0: until SIGUSR1 ends all streams
+    seed: int = 0  # with one, a stream has 1 to `tokens` tokens, and listeners die
+    deaths: float = 40.0  # s that a listener lives, on average
+    downtime: float = 3.0  # s that it is dead, at most
     interval: float = 0.02  # s between two tokens
     rate: float = 0.0  # bytes/s at which large bodies are read; 0: as they come
 
@@ -110,6 +114,16 @@ class House:
     pacer: Pacer
     answers: work.Answers = field(default_factory=work.Answers)
 
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.spec.seed) if self.spec.seed else None
+
+    def stream(self, transport: asyncio.Transport, body: bytes) -> Stream:
+        tokens = self.spec.tokens
+        length = self.rng.randint(1, tokens) if self.rng else tokens
+        stream = Stream(transport, work.number_in(body) or 0, length)
+        self.pacer.add(stream)
+        return stream
+
     def answer(self, head: bytes, body: bytes) -> bytes:
         """The whole answer to what is no stream."""
         if head.startswith(b"post /v1/chat/completions "):
@@ -133,8 +147,8 @@ def _json(document: Any, status: str = "200 OK") -> bytes:
 class Conversation(asyncio.Protocol):
     """One connection: a request, its answer, the next."""
 
-    def __init__(self, house: House) -> None:
-        self._house = house
+    def __init__(self, house: House, listener: Listener) -> None:
+        self._house, self._listener = house, listener
         self._rest = b""
         self._stream: Stream | None = None
         self._upload: tuple[Sink, int] | None = None  # and how many bytes it will be
@@ -142,8 +156,10 @@ class Conversation(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._listener.transports.add(self._transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._listener.transports.discard(self._transport)
         if self._stream is not None:
             self._stream.stop()
 
@@ -177,9 +193,7 @@ class Conversation(asyncio.Protocol):
     def _answer(self, head: bytes, body: bytes) -> None:
         house = self._house
         if head.startswith(b"post") and (b'"stream":true' in body or b'"stream": true' in body):
-            number = work.number_in(body) or 0
-            self._stream = Stream(self._transport, number, house.spec.tokens)
-            house.pacer.add(self._stream)
+            self._stream = house.stream(self._transport, body)
         elif head.startswith(b"get /v1/files/"):
             size = int(head.split(b"/")[3])
             self._transport.write(work.head("application/octet-stream", size))
@@ -211,17 +225,47 @@ def _body(length: int | None, data: bytes) -> bytes | None:
     return body if chunks.done else None
 
 
+class Listener:
+    """One backend as the proxy sees it: a port, and the connections to it."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+        self.port = 0
+        self.transports: set[asyncio.Transport] = set()
+
+    async def listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: Conversation(self._house, self), "127.0.0.1", self.port, backlog=4096
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def live_and_die(self, rng: random.Random) -> None:
+        """Die now and then, with every connection, and come back."""
+        spec = self._house.spec
+        while True:
+            await asyncio.sleep(rng.expovariate(1 / spec.deaths))
+            self._server.close()
+            for transport in tuple(self.transports):
+                transport.abort()
+            print(json.dumps({"died": self.port}), flush=True)
+            await asyncio.sleep(rng.uniform(0.1, spec.downtime))
+            await self.listen()
+
+
 async def serve(spec: Spec) -> None:
     loop = asyncio.get_running_loop()
     house = House(spec, Pacer(loop, spec.interval))
     loop.add_signal_handler(signal.SIGUSR1, house.pacer.end_all)
-    servers = [
-        await loop.create_server(lambda: Conversation(house), "127.0.0.1", 0, backlog=4096)
-        for _ in range(spec.listeners)
-    ]
-    ports = [server.sockets[0].getsockname()[1] for server in servers]
-    print(json.dumps({"ports": ports}), flush=True)
-    await asyncio.Event().wait()
+    listeners = [Listener(house) for _ in range(spec.listeners)]
+    for listener in listeners:
+        await listener.listen()
+    print(json.dumps({"ports": [listener.port for listener in listeners]}), flush=True)
+    if not spec.seed:
+        await asyncio.Event().wait()
+    async with asyncio.TaskGroup() as group:
+        for number, listener in enumerate(listeners):
+            group.create_task(listener.live_and_die(random.Random(spec.seed + number)))
 
 
 if __name__ == "__main__":

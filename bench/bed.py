@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,10 @@ from . import work
 from .contenders import HOST, ROOT, Contender, free_port
 from .framing import Broken
 from .load import Spec, read
-from .processes import Failed, running, tail
+from .processes import Failed, running, stop, tail
 
 LOAD_CORE, PROXY_CORE = 0, 1
+OUTPUT, BACKEND_LOG = "output.log", "backend.log"
 _READY = 10.0  # s until the backend must listen
 
 
@@ -35,7 +36,7 @@ class Bed:
         backend: the process that is the backend.
         folder: its configuration and logs.
         first_answer: s from its start to its first answer.
-        lines: of its access log, once it is stopped; None: it has none.
+        process: the leader; None where there is none.
     """
 
     contender: Contender
@@ -43,8 +44,8 @@ class Bed:
     root: int
     backend: int
     folder: Path
-    first_answer: float
-    lines: int | None = None
+    first_answer: float = 0.0
+    process: subprocess.Popen[bytes] | None = None
 
     def load(self, **spec: Any) -> dict[str, Any]:
         """Run a load (see `load.Spec`) and return what it found.
@@ -54,10 +55,13 @@ class Bed:
         """
         given: dict[str, Any] = {"port": self.port, "root": self.root, "backend": self.backend}
         given |= {"exact": self.contender.exact, **spec}
-        command = [sys.executable, "-m", "bench.load", json.dumps(given)]
-        log = self.folder / "load.log"
         allowed = Spec(**given)
-        seconds = allowed.warm + allowed.seconds + 2 * allowed.limit
+        return self.run("bench.load", given, allowed.warm + allowed.seconds + 2 * allowed.limit)
+
+    def run(self, module: str, spec: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """Run a module on the core of the load; it has `seconds`, and some to start and to end."""
+        log = self.folder / "load.log"
+        command = [sys.executable, "-m", module, json.dumps(spec)]
         with running(command, core=LOAD_CORE, log=log, env=_environment(), cwd=ROOT) as process:
             try:
                 status = process.wait(seconds + 30)
@@ -68,10 +72,23 @@ class Bed:
         found: dict[str, Any] = json.loads(log.read_text())
         return found
 
+    def log(self) -> Path | None:
+        """Stop the contender and return its access log, now whole; None: it writes none."""
+        if self.process is None:
+            return None
+        stop(self.process)
+        return self.contender.access_log(self.folder, self.folder / OUTPUT)
+
 
 @contextmanager
-def bed(contender: Contender, backend: Mapping[str, Any] | None = None) -> Iterator[Bed]:
+def bed(
+    contender: Contender,
+    backend: Mapping[str, Any] | None = None,
+    env: Callable[[Path], Mapping[str, str]] = lambda folder: {},
+) -> Iterator[Bed]:
     """Start a backend as `backend.Spec` says and the contender before it; stop both at the end.
+
+    `env` gives the contender more environment, which may name its folder.
 
     Raises:
         Failed: the contender does not answer.
@@ -80,25 +97,22 @@ def bed(contender: Contender, backend: Mapping[str, Any] | None = None) -> Itera
         folder = Path(name)
         with _backend(folder, backend or {}) as (mock, ports):
             if contender.name == "direct":
-                yield Bed(contender, ports[0], 0, mock, folder, 0.0)
+                yield Bed(contender, ports[0], 0, mock, folder)
                 return
             port = free_port()
             command = contender.command(folder, port, ports)
-            output = folder / "output.log"
-            env = contender.environment(folder)
+            output = folder / OUTPUT
+            variables = {**contender.environment(folder), **env(folder)}
             began = time.monotonic()
-            with running(command, core=PROXY_CORE, log=output, env=env, cwd=ROOT) as process:
+            with running(command, core=PROXY_CORE, log=output, env=variables, cwd=ROOT) as process:
                 _wait_for_answer(contender, port, process, output)
                 took = time.monotonic() - began
-                under = Bed(contender, port, process.pid, mock, folder, took)
-                yield under
-            path = contender.access_log(folder, output)
-            under.lines = None if path is None else path.read_bytes().count(b"\n")
+                yield Bed(contender, port, process.pid, mock, folder, took, process)
 
 
 @contextmanager
 def _backend(folder: Path, spec: Mapping[str, Any]) -> Iterator[tuple[int, list[int]]]:
-    log = folder / "backend.log"
+    log = folder / BACKEND_LOG
     command = [sys.executable, "-m", "bench.backend", json.dumps(spec)]
     with running(command, core=LOAD_CORE, log=log, env=_environment(), cwd=ROOT) as process:
         deadline = time.monotonic() + _READY
@@ -106,7 +120,8 @@ def _backend(folder: Path, spec: Mapping[str, Any]) -> Iterator[tuple[int, list[
             if process.poll() is not None or time.monotonic() > deadline:
                 raise Failed(f"the backend does not start: {tail(log)}")
             time.sleep(0.01)
-        yield process.pid, json.loads(log.read_text())["ports"]
+        first, _, _ = log.read_text().partition("\n")
+        yield process.pid, json.loads(first)["ports"]
 
 
 def _environment() -> dict[str, str]:

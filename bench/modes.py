@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from .bed import bed
+from . import soak
+from .bed import BACKEND_LOG, bed
 from .contenders import Contender
 
 MB = 1e6  # bytes
@@ -75,7 +79,7 @@ def _documents(connections: int) -> Callable[[Contender, float], Run]:
                 if under.root:
                     run.figures["cpu_us_per_request"] = found["cpu"] / found["done"] * US
                     run.figures |= _memory(found)
-        _check_log(run, under.lines, found["answers"] + 1)
+            _check_log(run, under.log(), found["answers"] + 1)
         return run
 
     return once
@@ -85,9 +89,9 @@ def _memory(found: Mapping[str, Any]) -> dict[str, float]:
     return {f"{name}_mb": found[name] / MB for name in ("rss", "pss")}
 
 
-def _check_log(run: Run, lines: int | None, answers: int) -> None:
+def _check_log(run: Run, log: Path | None, answers: int) -> None:
     """An access log that lacks lines was not on."""
-    if lines is not None and lines < answers:
+    if log is not None and (lines := log.read_bytes().count(b"\n")) < answers:
         run.errors["lines that the access log lacks"] += answers - lines
 
 
@@ -110,7 +114,7 @@ def stream(
                 run.figures["cpu_us_per_token"] = found["cpu"] / found["tokens"] * US
                 run.figures |= _memory(found)
                 run.figures["rss_kb_per_stream"] = (found["rss"] - found["before"]) / streams / 1e3
-    _check_log(run, under.lines, found["answers"] + 1)
+        _check_log(run, under.log(), found["answers"] + 1)
     return run
 
 
@@ -180,6 +184,60 @@ def _start(contender: Contender, seconds: float) -> Run:
         return Run({"first_answer_s": under.first_answer})
 
 
+def _soak(contender: Contender, seconds: float) -> Run:
+    backend = {"interval": 0.25, "tokens": 100, "seed": 1}
+    with bed(contender, backend, _probing) as under:
+        record = under.folder / "sent.json"
+        spec = soak.Spec(
+            under.port,
+            under.root,
+            str(record),
+            probe=str(under.folder / PROBE),
+            seconds=seconds,
+            warm=min(120.0, seconds / 4),
+        )
+        found = under.run("bench.soak", asdict(spec), seconds + 2 * spec.limit + 4 * soak.IDLE)
+        log = under.log()
+        assert log is not None
+        lines = (json.loads(line) for line in log.read_bytes().splitlines())
+        exchanges = [line for line in lines if line["event"] == "exchange.done"]
+        sent = soak.read_record(record)
+        totals, faults = soak.account(sent, exchanges, found["metrics"])
+        deaths = (under.folder / BACKEND_LOG).read_text().count('"died"')
+    run = Run(_soaked(found, totals), Counter(found["errors"]))
+    run.figures |= {"exchanges": len(sent), "deaths": deaths, "unaccounted": len(faults)}
+    for fault in faults[:20]:
+        print(f"soak: {fault}", file=sys.stderr)
+    if faults:
+        run.errors[f"exchanges that do not add up, such as {faults[0]}"] += len(faults)
+    return run
+
+
+PROBE = "tasks.json"
+
+
+def _probing(folder: Path) -> dict[str, str]:
+    path = Path(__file__).parent / "probe"
+    return {"PYTHONPATH": str(path), "BENCH_PROBE": str(folder / PROBE)}
+
+
+def _soaked(found: Mapping[str, Any], totals: Mapping[str, int]) -> dict[str, float]:
+    before, after = found["before"], found["after"]
+    broken = sum(totals.get(each, 0) for each in ("cut", "silent", "answered", "wrong"))
+    return {
+        "slope_mb_per_h": found["slope"] / MB,
+        "complete": totals.get("complete", 0),
+        "left": totals.get("left", 0),
+        "broken": broken,
+        "rss_before_mb": before["rss"] / MB,
+        "rss_after_mb": after["rss"] / MB,
+        "more_fds": after["descriptors"] - before["descriptors"],
+        "more_tasks": after["tasks"] - before["tasks"],
+        "more_threads": after["threads"] - before["threads"],
+        "in_flight": soak.in_flight(found["metrics"]),
+    }
+
+
 EVERYBODY = (BEACON, ENVOY, VLLM, VLLM_RR, LITELLM, NGINX, DIRECT)
 _TOO_MANY = "a millisecond of CPU a token: it would need eight cores and more"
 ALL: dict[str, Mode] = {
@@ -244,6 +302,14 @@ ALL: dict[str, Mode] = {
             (BEACON, ENVOY, VLLM, LITELLM, NGINX),
             _start,
             repeats=5,
+        ),
+        Mode(
+            "soak",
+            "1000 clients of streams and documents; a fifth leaves early, backends die at random",
+            (BEACON,),
+            _soak,
+            seconds=600,
+            repeats=1,
         ),
     )
 }

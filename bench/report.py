@@ -86,8 +86,8 @@ def _document(results: Results) -> Iterator[str]:
     yield "# What the proxy costs, next to its peers"
     yield ""
     yield "Made by `make bench` from [results.json](results.json), which has every single run."
-    yield "Load and mock backend share one core, each contender in its turn has another for itself;"
-    yield "CPU is that of its whole process tree. The figures are medians, and in brackets stands their"
+    yield "Load and mock backend share one core, each contender in its turn has another for itself."
+    yield "CPU is that of its whole process tree. The figures are medians; in brackets stands their"
     yield "noise, (max - min) / median."
     yield ""
     for contender, note in ((c.name, c.note) for c in ALL.values() if c.name != DIRECT):
