@@ -122,6 +122,7 @@ class House:
         length = self.rng.randint(1, tokens) if self.rng else tokens
         stream = Stream(transport, work.number_in(body) or 0, length)
         self.pacer.add(stream)
+        stream.token()  # the first comes at once
         return stream
 
     def answer(self, head: bytes, body: bytes) -> bytes:

@@ -30,6 +30,8 @@ from .framing import END_OF_HEAD, Broken, Chunks, length_of
 from .processes import Tree
 from .transfer import Sink, Source
 
+STARTING = 200  # streams that may wait for their first token; more would test listen(2) alone
+
 
 @dataclass
 class Spec:
@@ -232,17 +234,20 @@ class Tokens(asyncio.Protocol):
         self._chunks: Chunks | None = None
         self._tokens, self._total = 0, -1  # that came, and that the backend says it sent
         self._marked = False  # the stream has said that it ends
+        self.begun = asyncio.Event()  # it has a token, or never will
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def run(self, delay: float) -> None:
-        """Ask after `delay` s and wait for the end of the answer."""
+    async def run(self, delay: float, starting: asyncio.Semaphore) -> None:
+        """Ask after `delay` s, when it is our turn, and wait for the end of the answer."""
         await asyncio.sleep(delay)
         loop = asyncio.get_running_loop()
-        try:
-            await loop.create_connection(lambda: self, "127.0.0.1", self._spec.port)
-        except OSError as exc:
-            self._counts.errors[f"cannot connect: {exc.strerror}"] += 1
-            return
+        async with starting:
+            try:
+                await loop.create_connection(lambda: self, "127.0.0.1", self._spec.port)
+            except OSError as exc:
+                self._counts.errors[f"cannot connect: {exc.strerror}"] += 1
+                return
+            await self.begun.wait()
         await self.ended
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -292,6 +297,7 @@ class Tokens(asyncio.Protocol):
             counts.tokens += found
             if not self._tokens:
                 counts.begin_stream()
+                self.begun.set()
             self._tokens += found
             at += len(work.STAMP)
             sent = int(payload[at : at + work.STAMP_DIGITS])
@@ -314,6 +320,7 @@ class Tokens(asyncio.Protocol):
         if self.ended.done():
             return
         self.ended.set_result(None)
+        self.begun.set()
         if fault is None:
             self._counts.all_done += 1
         else:
@@ -361,8 +368,12 @@ async def load_streams(spec: Spec, counts: Counts) -> dict[str, Any]:
     lanes = [Tokens(spec, counts, n) for n in range(spec.connections)]
     ramp = spec.warm * 0.7
     counts.streams = len(lanes)
+    starting = asyncio.Semaphore(STARTING)
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(lane.run(ramp * n / len(lanes))) for n, lane in enumerate(lanes)]
+        tasks = [
+            group.create_task(lane.run(ramp * n / len(lanes), starting))
+            for n, lane in enumerate(lanes)
+        ]
         began = time.monotonic()
         with suppress(TimeoutError):
             async with asyncio.timeout(spec.limit):

@@ -101,7 +101,9 @@ def stream(
     """So many streams at once, a token every `interval` s on each."""
     run = Run()
     with bed(contender, {"interval": interval}) as under:
-        found = under.load(kind="streams", connections=streams, warm=warm, seconds=seconds)
+        found = under.load(
+            kind="streams", connections=streams, warm=warm, seconds=seconds, limit=30 + 5 * warm
+        )
         run.take(found)
         nominal = streams / interval
         rate = found["tokens"] / found["seconds"]
