@@ -176,14 +176,6 @@ class Candidate:
 Candidates = Sequence[Candidate]  # best first
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens as the backend itself counted them."""
-
-    input: int = 0
-    output: int = 0
-
-
 @dataclass_transform(frozen_default=True)
 def _fact(cls: type[_T]) -> type[_T]:
     """Make a slotted dataclass that type checkers hold to be frozen.
@@ -192,6 +184,14 @@ def _fact(cls: type[_T]) -> type[_T]:
     outcome, and there is one for every attempt.
     """
     return dataclass(slots=True)(cls)
+
+
+@_fact
+class Usage:
+    """Tokens as the backend itself counted them."""
+
+    input: int = 0
+    output: int = 0
 
 
 @_fact

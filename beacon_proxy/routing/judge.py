@@ -140,7 +140,8 @@ def _judge_document(answer: Answer) -> Judgement:
         return _GOOD
     if document.get("error"):
         return _judge_error(body)
-    return Judgement(_GOOD.verdict, usage=usage_of(document) or usage_in(body[-4096:]))
+    usage = usage_of(document) or usage_in(body[-4096:])
+    return Judgement(_GOOD.verdict, None, None, usage)
 
 
 def _judge_reading(backend: Backend, provider: Provider, body: bytes) -> Judgement | None:

@@ -7,8 +7,6 @@ raised for the client, or the client left and `CancelledError` passes through.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..contracts import (
@@ -53,18 +51,6 @@ class Watcher(Protocol):
     def queue_depth(self, depth: int) -> None: ...
 
 
-@dataclass(slots=True)
-class Course:
-    """One exchange on its way."""
-
-    exchange: Exchange
-    source: Source
-    client: Client
-    run: Run
-    model: str | None  # canonical
-    tried: Collection[str] = ()  # names of backends
-
-
 class Pipeline:
     """Takes exchanges through the chain to a backend and back."""
 
@@ -87,72 +73,78 @@ class Pipeline:
         model = canonical_model(exchange.model) if exchange.model else None
         if model is not None and not self._fleet.knows(model):
             raise ModelNotFound(f"no backend serves the model {exchange.model!r}")
-        course = Course(exchange, source, client, run, model)
         try:
-            await self._until_answered(course)
+            await self._until_answered(exchange, source, client, run, model)
         except asyncio.CancelledError:
             # A client may close at the end marker, ahead of the last chunk: it has all it wanted.
             if exchange.attempts and exchange.attempts[-1].verdict is _GOOD:
                 run.end = _COMPLETE
             raise
 
-    async def _until_answered(self, course: Course) -> None:
+    async def _until_answered(
+        self, exchange: Exchange, source: Source, client: Client, run: Run, model: str | None
+    ) -> None:
+        tried: tuple[str, ...] = ()
         attempt: Attempt | None = None
         fallback: Attempt | None = None  # the last whole answer, were it an error, of a backend
         while True:
             try:
-                choice = self._chooser.try_now(course.exchange, course.model, course.tried)
+                choice = self._chooser.try_now(exchange, model, tried)
                 if choice is None:
                     choice = await self._chooser.choose(
-                        course.exchange,
-                        course.model,
-                        course.tried,
-                        course.run,
-                        patient=fallback is None,
+                        exchange, model, tried, run, patient=fallback is None
                     )
             except ProxyError:
                 if fallback is None or attempt is None:
                     raise
-                self._conclude(course, attempt, fallback)
-                return
-            course.tried = {*course.tried, choice.candidate.backend.name}
-            attempt = Attempt(self._wire, course.exchange, choice.candidate, choice.provider)
-            delay = await self._try(course, choice, attempt)
+                break
+            tried = (*tried, choice.candidate.backend.name)
+            attempt = Attempt(self._wire, exchange, choice.candidate, choice.provider)
+            delay = await self._try(exchange, source, client, model, tried, choice, attempt)
             if delay is None:
-                self._conclude(course, attempt, fallback)
-                return
+                break
             answer = attempt.answer
             if answer is not None and answer.complete and _relayable(answer, attempt.last):
                 fallback = attempt
             if delay > 0:
-                course.run.waited += delay
+                run.waited += delay
                 await asyncio.sleep(delay)
+        self._conclude(exchange, client, run, attempt, fallback)
 
-    async def _try(self, course: Course, choice: Choice, attempt: Attempt) -> float | None:
+    async def _try(
+        self,
+        exchange: Exchange,
+        source: Source,
+        client: Client,
+        model: str | None,
+        tried: tuple[str, ...],
+        choice: Choice,
+        attempt: Attempt,
+    ) -> float | None:
         """Make one attempt, and relay its answer unless another backend is to be tried.
 
         Returns the seconds to wait before the next attempt, None when there is none.
         """
-        exchange, live = course.exchange, choice.candidate.live
+        live = choice.candidate.live
         judgement = _LEFT
         cancelled = True
         live.in_flight += 1
         live.picked += 1
         try:
-            await attempt.open(course.source, lone=choice.spare == 0 or not exchange.may_repeat)
+            await attempt.open(source, lone=choice.spare == 0 or not exchange.may_repeat)
             judgement = attempt.last = self._judge(exchange, choice, attempt)
-            if judgement.lacks_model and course.model is not None:
-                self._fleet.lacks(live, course.model)
+            if judgement.lacks_model and model is not None:
+                self._fleet.lacks(live, model)
             delay = None
             if judgement.verdict is not _GOOD:
                 exchange.attempts.append(attempt.outcome(judgement, cancelled=False))
-                delay = self._next(course)
+                delay = self._next(exchange, model, tried)
                 exchange.attempts.pop()
-            if delay is None and _relayable(attempt.answer, judgement):
-                course.client.commit(attempt, attempt.number)
-                assert attempt.answer is not None
-                while not attempt.answer.ended:
-                    await attempt.answer.next_step()
+            answer = attempt.answer
+            if delay is None and answer is not None and _relayable(answer, judgement):
+                client.commit(attempt, attempt.number)
+                while not answer.ended:
+                    await answer.next_step()
             cancelled = False
             return delay
         finally:
@@ -168,13 +160,12 @@ class Pipeline:
             return attempt.judgement_of_error()
         return judge(exchange, choice.candidate, choice.provider, attempt.answer)
 
-    def _next(self, course: Course) -> float | None:
+    def _next(self, exchange: Exchange, model: str | None, tried: tuple[str, ...]) -> float | None:
         """Seconds until another attempt, by the retry rules; None: no other attempt."""
-        exchange = course.exchange
         outcome = exchange.attempts[-1]
         if not outcome.repeatable:
             return None
-        left = self._chooser.plan(exchange, course.model, course.tried)
+        left = self._chooser.plan(exchange, model, tried)
         if not left:
             return None
         exchange.spare = sum(not candidate.last_resort for candidate in left)
@@ -183,16 +174,23 @@ class Pipeline:
         # Each rule may stop it; the longest wait that one of them asks for holds.
         return max(granted) if granted and len(granted) == len(delays) else None
 
-    def _conclude(self, course: Course, attempt: Attempt, fallback: Attempt | None) -> None:
+    def _conclude(
+        self,
+        exchange: Exchange,
+        client: Client,
+        run: Run,
+        attempt: Attempt,
+        fallback: Attempt | None,
+    ) -> None:
         """Set the end of the exchange, where no further attempt is made."""
-        exchange, run, answer = course.exchange, course.run, attempt.answer
+        answer = attempt.answer
         if answer is None or not answer.committed:
             run.end = _ERROR
             if attempt.error is not None and not isinstance(attempt.error, UpstreamError):
                 raise attempt.error  # the client's own request was at fault
             if fallback is None:
                 raise self._error_of(exchange, attempt)
-            course.client.commit(fallback, len(exchange.attempts))
+            client.commit(fallback, len(exchange.attempts))
             return
         good = exchange.attempts[-1].fault is None and (answer.status or 0) < 400
         run.end = _COMPLETE if good else _ERROR
@@ -221,16 +219,17 @@ class Pipeline:
                 self._watcher.notify("observe.failed", error=repr(exc)[:200])
 
 
+_SAYS_NOTHING = (Fault.EMPTY, Fault.NOT_JSON)
 _LEFT = Judgement(Verdict.NEUTRAL, _CLIENT_CLOSED)
 
 
-def _relayable(answer: Answer | None, judgement: Judgement) -> bool:
+def _relayable(answer: Answer, judgement: Judgement) -> bool:
     """Whether there is something of the backend's own to show: its answer, or a beginning of it."""
-    if answer is None or answer.status is None:
+    if answer.status is None:
         return False
     if answer.fault is None:
         # A document that is none says nothing a client could use, and looks like an answer.
-        return answer.watch is not None or judgement.fault not in (Fault.EMPTY, Fault.NOT_JSON)
+        return answer.watch is not None or judgement.fault not in _SAYS_NOTHING
     if answer.watch is not None:
         return answer.watch.content
-    return not answer.expect.inference and answer.held_size > 0
+    return not answer.inference and answer.held_size > 0

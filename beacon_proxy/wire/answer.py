@@ -16,9 +16,9 @@ from math import inf
 from time import monotonic
 from typing import Protocol
 
-from ..contracts import Fault, Headers, Stage
-from .dialects import error_event
-from .expect import GRACE, HOLD_CAP, Expectation, Framing, Hold
+from ..contracts import Fault, Headers, Stage, Timeouts
+from .dialects import Shape, error_event
+from .expect import GRACE, HOLD_CAP, Framing, Hold, hold_for
 from .headers import AnswerHead
 from .watch import Watch
 
@@ -71,44 +71,82 @@ class Flow(Protocol):
 
 
 class Answer:
-    """See the module's docstring. Times are monotonic seconds."""
+    """See the module's docstring. Times are monotonic seconds.
+
+    Attributes:
+        shape, inference, stream: what the request lets one self.
+        head_only: the method was HEAD.
+        upgrade: the request asks for another protocol.
+        deadline: it must be over.
+        answer_by: it must have begun, for another backend could still answer.
+        lone: no other backend stands ready.
+    """
 
     __slots__ = (
         "_flow",
         "_hold",
         "_loop",
         "_sink",
+        "_timeouts",
         "_waiter",
+        "answer_by",
+        "committed",
         "complete",
+        "deadline",
         "decided",
         "detail",
         "ended",
-        "expect",
         "fault",
         "first_content",
         "framing",
         "head",
         "head_at",
+        "head_only",
         "held",
         "held_size",
+        "inference",
         "last",
+        "lone",
         "sending",
         "sent_at",
+        "shape",
         "size",
         "stage",
         "started",
         "status",
+        "stream",
         "trailers",
+        "upgrade",
         "watch",
     )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, expect: Expectation) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        timeouts: Timeouts,
+        shape: Shape,
+        inference: bool,
+        stream: bool,
+        head_only: bool,
+        upgrade: bool,
+        deadline: float,
+        answer_by: float,
+        lone: bool,
+    ) -> None:
         self._loop = loop
+        self._timeouts = timeouts
+        self.shape = shape
+        self.inference = inference
+        self.stream = stream
+        self.head_only = head_only
+        self.upgrade = upgrade
+        self.deadline = deadline
+        self.answer_by = answer_by
+        self.lone = lone
         self._flow: Flow | None = None
         self._sink: Sink | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._hold = _HOLD_BYTE
-        self.expect = expect
         self.stage = _STAGE_SEND
         self.status: int | None = None
         self.head: AnswerHead | None = None
@@ -118,7 +156,7 @@ class Answer:
         self.held_size = 0
         self.size = 0
         self.watch: Watch | None = None
-        self.decided = self.ended = self.complete = False
+        self.decided = self.ended = self.complete = self.committed = False
         self.sending = False
         self.fault: Fault | None = None
         self.detail = ""
@@ -158,9 +196,9 @@ class Answer:
         if framing is _FRAMING_TUNNEL:
             self._decide()
             return
-        self._hold = self.expect.hold(head)
+        self._hold = hold_for(head, self.shape, self.inference)
         if self._hold is _HOLD_CONTENT:
-            self.watch = Watch(self.expect.shape)
+            self.watch = Watch(self.shape)
 
     def on_read(self) -> None:
         """All of one read has been told, and the answer is still held."""
@@ -218,7 +256,7 @@ class Answer:
             if self._sink is not None:
                 event = None
                 if self.watch is not None and self.watch.fresh and not self.watch.ended:
-                    event = error_event(self.expect.shape, _broken_message(fault), "upstream_error")
+                    event = error_event(self.shape, _broken_message(fault), "upstream_error")
                 self._sink.fail(event)
         finally:
             self._end()
@@ -233,6 +271,7 @@ class Answer:
     def commit(self, sink: Sink, added: bytes) -> None:
         """Send what is held, then every piece as it comes."""
         self._sink = sink
+        self.committed = True
         self.stage = _STAGE_STREAM
         sink.start(self, added)
         held, self.held, self.held_size = self.held, [], 0
@@ -270,10 +309,6 @@ class Answer:
         return self.head.headers if self.head is not None else ()
 
     @property
-    def committed(self) -> bool:
-        return self._sink is not None
-
-    @property
     def said_all(self) -> bool:
         """Whether the client was sent the end marker, and nothing but the framing is missing."""
         watch = self.watch
@@ -294,27 +329,27 @@ class Answer:
 
     def _limit(self) -> float:
         """When the next thing must have happened."""
-        expect, times = self.expect, self.expect.timeouts
-        limit = expect.deadline
+        times = self._timeouts
+        limit = self.deadline
         if self.framing is _FRAMING_TUNNEL:
             return min(limit, _after(self.last, times.idle))
         if self.status is None:
             if self.sending:
                 return limit  # who sends has a limit of its own
-            limit = min(limit, expect.answer_by)
-            whole = expect.inference and not expect.stream
+            limit = min(limit, self.answer_by)
+            whole = self.inference and not self.stream
             return min(
                 limit, _after(self.sent_at, times.document if whole else times.first_content)
             )
         if self._sink is None:
-            limit = min(limit, expect.answer_by)
+            limit = min(limit, self.answer_by)
             if self._hold is _HOLD_CONTENT:
                 limit = min(limit, _after(self.sent_at, times.first_content))
             else:
                 limit = min(limit, _after(self.last, times.idle))
                 if self._hold is _HOLD_WHOLE:
                     limit = min(limit, _after(self.sent_at, times.document))
-            if not self.decided and (expect.lone or self._hold is _HOLD_BYTE):
+            if not self.decided and (self.lone or self._hold is _HOLD_BYTE):
                 limit = min(limit, (self.head_at or self.started) + GRACE)
             return limit
         return min(limit, _after(self.last, times.idle))
@@ -326,7 +361,7 @@ class Answer:
         limit = self._limit()
         if now < limit:
             return limit
-        if self._client_is_slow() and now < self.expect.deadline:
+        if self._client_is_slow() and now < self.deadline:
             self.last = now  # the client is slow, not gone: what it was sent still drains
             return self._limit()
         grace = self.head_at is not None and now < self._limit_without_grace()
@@ -349,7 +384,7 @@ class Answer:
 
     def _run_out(self, now: float) -> None:
         flow = self._flow
-        if now >= self.expect.deadline:
+        if now >= self.deadline:
             self.fail(Fault.DEADLINE, "the client's deadline, or the total time, ran out")
         elif flow is not None and flow.reading_paused:
             self.fail(Fault.CLIENT_CLOSED, "the client took nothing for too long")

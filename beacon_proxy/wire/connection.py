@@ -182,7 +182,7 @@ class Connection(asyncio.Protocol):
         self.answered = True
         if self._again is not None and not (self._headed or self._framing_size):
             known = self._again.look(data)
-            if known is not None and not answer.expect.head_only:
+            if known is not None and not answer.head_only:
                 self._repeat(known, self._again, data)
                 return
         self._framing_size += len(data)
@@ -291,7 +291,7 @@ class Connection(asyncio.Protocol):
         status, version = parser.get_status_code(), parser.get_http_version()
         headers = tuple(self._fields)
         if status == 101:
-            asked = answer.expect.upgrade and parser.should_upgrade()
+            asked = answer.upgrade and parser.should_upgrade()
             if not asked or (find(headers, b"upgrade") or b"").lower() != b"websocket":
                 raise _Malformed("switched protocols unasked")
             self._framing = _TUNNEL
@@ -309,14 +309,14 @@ class Connection(asyncio.Protocol):
         except ValueError as exc:
             raise _Malformed(str(exc)) from exc
         if self._framing is not _TUNNEL:
-            if answer.expect.head_only or status in (204, 304):
+            if answer.head_only or status in (204, 304):
                 self._framing = _NONE
             elif head.chunked:
                 self._framing = _CHUNKED
             else:
                 self._framing = _EOF if head.length is None else _LENGTH
         answer.on_head(head, self._framing)
-        if answer.expect.head_only and self._framing is not _TUNNEL:
+        if answer.head_only and self._framing is not _TUNNEL:
             # llhttp would wait for a body, and httptools has no way to tell it: leave the feed
             # here. Whether bytes followed is not known then: this connection is not used again.
             self._done = True

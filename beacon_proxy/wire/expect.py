@@ -1,13 +1,10 @@
-"""What the request lets one expect of its answer, and how long to hold what comes."""
+"""How an answer is framed, and how long to hold what comes of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum, StrEnum
 from functools import lru_cache
-from math import inf
 
-from ..contracts import Timeouts
 from .dialects import Shape
 from .headers import AnswerHead
 
@@ -29,34 +26,20 @@ class Hold(Enum):
     WHOLE = 3  # until the message is complete
 
 
-@dataclass(slots=True)
-class Expectation:
-    """What the request lets one expect of its answer."""
-
-    timeouts: Timeouts
-    shape: Shape = Shape.DOCUMENT
-    inference: bool = False
-    stream: bool = False
-    head_only: bool = False  # the method was HEAD
-    upgrade: bool = False
-    deadline: float = inf  # monotonic s
-    answer_by: float = inf  # monotonic s; an answer that another could give must have begun
-    lone: bool = False  # no other candidate stands ready
-
-    def hold(self, head: AnswerHead) -> Hold:
-        """How long to hold the answer with this head."""
-        status = head.status
-        if head.length is not None and head.length > HOLD_CAP:
-            return _BYTE
-        if status >= 400:
-            return _WHOLE
-        if not self.inference or status >= 300:
-            return _BYTE
-        if head.content_type is None or not is_event_stream(head.content_type):
-            return _WHOLE
-        if self.shape is Shape.DOCUMENT or head.coding:
-            return _BYTE  # events that cannot be read
-        return _CONTENT
+def hold_for(head: AnswerHead, shape: Shape, inference: bool) -> Hold:
+    """How long to hold the answer with this head."""
+    status = head.status
+    if head.length is not None and head.length > HOLD_CAP:
+        return _BYTE
+    if status >= 400:
+        return _WHOLE
+    if not inference or status >= 300:
+        return _BYTE
+    if head.content_type is None or not is_event_stream(head.content_type):
+        return _WHOLE
+    if shape is Shape.DOCUMENT or head.coding:
+        return _BYTE  # events that cannot be read
+    return _CONTENT
 
 
 # Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
