@@ -74,8 +74,9 @@ class Fleet:
             if tried and backend.name in tried:
                 continue
             models = live.models if backend.models is None else backend.models
-            listed = models is not None and model in models  # the usual case, without a call
-            if listed or model is None or self._serves(backend, live, model):
+            # The usual cases without a call: it lists the model, or never said that it lacks one.
+            usual = not live.lacking if models is None else model in models
+            if usual or model is None or self._serves(backend, live, model):
                 found.append(Candidate(backend, live))
         return found
 
@@ -119,7 +120,7 @@ class Fleet:
         models = live.models if backend.models is None else backend.models
         if models is not None:
             return model in models
-        return live.lacking.get(model, 0.0) <= self.now()
+        return model not in live.lacking or live.lacking[model] <= self.now()
 
     # -- probes ----------------------------------------------------------------------------------
 
