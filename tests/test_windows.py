@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beacon_proxy.contracts import Backend, Outcome, Stage, Usage, Verdict
+from beacon_proxy.contracts import Backend, Outcome, Stage, Usage, Verdict, canonical_model
 from beacon_proxy.ops.windows import Key, Totals, Windows
 
 
@@ -28,6 +29,9 @@ def backend(
     )
 
 
+ONE = backend()
+
+
 def outcome(
     verdict: Verdict = Verdict.GOOD,
     *,
@@ -37,7 +41,7 @@ def outcome(
     usage: Usage | None = None,
 ) -> Outcome:
     return Outcome(
-        at or backend(), 1, verdict, Stage.DONE, ttft=ttft, duration=duration, usage=usage
+        at or ONE, 1, verdict, Stage.DONE, ttft=ttft, duration=duration, usage=usage
     )
 
 
@@ -177,6 +181,63 @@ def test_model_when_never_answered_well_is_other() -> None:
     windows.add(outcome(Verdict.GOOD), "real", 0.0)
     windows.add(outcome(Verdict.STRIKE), "real", 0.0)
     assert by_model(windows) == {"other": 1, "real": 2}
+
+
+def test_model_when_answered_well_at_last_is_known_from_then_on() -> None:
+    windows = Windows(FakeClock())
+    windows.add(outcome(Verdict.CALLER), "late", 0.0)
+    windows.add(outcome(Verdict.GOOD), "late", 0.0)
+    assert by_model(windows) == {"other": 1, "late": 1}
+
+
+NAMES = ["m", " M ", "m-latest", "n:1b", "n-1b", "other", "unknown", "x" * 130, "x" * 140]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0, 0, 0, 30, 61]),  # s
+            st.sampled_from([backend(), backend(region="eu-west"), backend("b1")]),
+            st.none() | st.sampled_from(NAMES),
+            st.sampled_from([Verdict.GOOD, Verdict.CALLER, Verdict.STRIKE]),
+            st.none() | st.floats(0, 100),
+        ),
+        max_size=40,
+    )
+)
+def test_cells_of_any_attempts_are_those_found_without_a_short_cut(
+    history: list[tuple[int, Backend, str | None, Verdict, float | None]],
+) -> None:
+    """The way to a cell is kept for a minute: over its end, and past a name that becomes known."""
+    clock = FakeClock()
+    windows = Windows(clock)
+    known: set[str] = set()
+    expected: dict[Key, Totals] = {}
+    for pause, at, model, verdict, ttft in history:
+        clock.now += pause
+        windows.add(outcome(verdict, at=at, ttft=ttft), model, 0.5)
+        name = canonical_model(model[:128]) if model else "unknown"
+        if model and verdict is Verdict.GOOD:
+            known.add(name)
+        if model and name not in known:
+            name = "other"
+        fresh = Windows(clock)  # knows no short cut, and every model is as good as any
+        fresh.add(outcome(verdict, at=at, ttft=ttft), None, 0.5)
+        key = Key(at.name, at.provider, at.region, at.pool, name)
+        expected.setdefault(key, Totals()).add(total(fresh))
+    assert windows.totals(60, by=lambda key: key) == expected
+
+
+def test_spellings_when_a_client_makes_up_thousands_stay_bounded() -> None:
+    windows = Windows(FakeClock())
+    windows.add(outcome(), "m", 0.0)
+    tracemalloc.start()
+    for n in range(20_000):
+        windows.add(outcome(), "m" + " " * (n % 200) + "\t" * (n // 200), 0.0)
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert by_model(windows) == {"m": 20_001}
+    assert grown < 200_000  # all of them are over 4 MB
 
 
 def test_models_when_a_client_makes_up_thousands_stay_bounded() -> None:

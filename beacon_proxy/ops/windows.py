@@ -4,6 +4,9 @@ A ring of 61 minutes holds the running minute and the 60 before it, so an answer
 covers n full minutes and the begun one. A minute holds one `Totals` for each backend and model that
 was used in it. Times to first content go into buckets of a quarter octave: a quantile read from
 them is off by less than 10 %, and takes at most some ninety counts however much was seen.
+
+To find a cell by its key takes longer than to count in it. So until its minute is over each backend
+keeps the way to its cells by the models that clients named.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-from ..contracts import Clock, Outcome, Verdict, canonical_model
+from ..contracts import Backend, Clock, Outcome, Verdict, canonical_model
 
 MINUTES = 60
 _STEPS = 4  # buckets an octave
 _BOUNDS = tuple(0.001 * math.exp2(n / _STEPS) for n in range(89))  # s: 1 ms to over an hour
 _MODELS = 128  # names kept apart; a client may invent any number of them
+_SPELLING = 128  # characters of one
+_GOOD, _STRIKE = Verdict.GOOD, Verdict.STRIKE  # as globals they are found in a third of the time
 
 _Group = TypeVar("_Group", bound=Hashable)
 
@@ -79,6 +84,14 @@ class _Minute:
     cells: dict[Key, Totals] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Ways:
+    """To the cells of one backend in the running minute, by models as clients spell them."""
+
+    backend: Backend
+    cells: dict[str | None, Totals] = field(default_factory=dict)
+
+
 class Windows:
     """Sums over the last 1 to 60 minutes, since the start of this process."""
 
@@ -87,40 +100,63 @@ class Windows:
         self._started = clock()
         self._ring = [_Minute() for _ in range(MINUTES + 1)]
         self._models: set[str] = set()
+        self._minute = _Minute()  # the running one
+        self._over = 0.0  # s of the clock: when it will not be any more
+        self._ways: dict[str, _Ways] = {}  # by backend name
 
     def add(self, outcome: Outcome, model: str | None, usd: float) -> None:
         """Count one attempt that has just ended; `model` as the client spells it."""
-        backend = outcome.backend
-        good = outcome.verdict is Verdict.GOOD
+        now = self._clock()
+        if now >= self._over:
+            self._turn(now)
+        backend, verdict = outcome.backend, outcome.verdict
+        ways = self._ways.get(backend.name)
+        if ways is None or ways.backend is not backend:
+            ways = self._ways[backend.name] = _Ways(backend)
+        totals = ways.cells.get(model)
+        if totals is None:
+            totals = self._cell(ways, model, verdict is _GOOD)
+        totals.attempts += 1
+        if verdict is _GOOD:
+            totals.good += 1
+        elif verdict is _STRIKE:
+            totals.strikes += 1
+        totals.seconds += outcome.duration
+        totals.usd += usd
+        usage, ttft = outcome.usage, outcome.ttft
+        if usage is not None:
+            totals.tokens_in += usage.input
+            totals.tokens_out += usage.output
+        if ttft is not None:
+            bucket, counts = bisect_left(_BOUNDS, ttft), totals.ttft
+            try:
+                counts[bucket] += 1
+            except KeyError:
+                counts[bucket] = 1
+
+    def _turn(self, now: float) -> None:
+        number = int(now // 60)
+        self._over = (number + 1) * 60
+        self._minute = self._ring[number % len(self._ring)]
+        self._minute.number, self._minute.cells = number, {}
+        self._ways = {}
+
+    def _cell(self, ways: _Ways, model: str | None, good: bool) -> Totals:
+        backend, cells = ways.backend, self._minute.cells
         name = self._known(model, backend.models, good) if model else "unknown"
         key = Key(backend.name, backend.provider, backend.region, backend.pool, name)
-        cells = self._minute().cells
         totals = cells.get(key)
         if totals is None:
             totals = cells[key] = Totals()
-        totals.attempts += 1
-        totals.good += good
-        totals.strikes += outcome.verdict is Verdict.STRIKE
-        totals.seconds += outcome.duration
-        totals.usd += usd
-        if outcome.usage is not None:
-            totals.tokens_in += outcome.usage.input
-            totals.tokens_out += outcome.usage.output
-        if outcome.ttft is not None:
-            bucket = bisect_left(_BOUNDS, outcome.ttft)
-            totals.ttft[bucket] = totals.ttft.get(bucket, 0) + 1
-
-    def _minute(self) -> _Minute:
-        number = int(self._clock() // 60)
-        minute = self._ring[number % len(self._ring)]
-        if minute.number != number:
-            minute.number, minute.cells = number, {}
-        return minute
+        # An `other` may be known by its next answer. A client may invent spellings, too.
+        if name != "other" and len(ways.cells) < _MODELS and len(model or "") <= _SPELLING:
+            ways.cells[model] = totals
+        return totals
 
     def _known(self, model: str, configured: frozenset[str] | None, good: bool) -> str:
         # A backend that does not tell its models takes any name: one is believed once it was
         # answered well, and only so many of those.
-        name = canonical_model(model[:128])
+        name = canonical_model(model[:_SPELLING])
         if configured is not None and name in configured:
             return name
         if name in self._models:
