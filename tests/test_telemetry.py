@@ -5,12 +5,18 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
+import sys
 from collections.abc import MutableMapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import structlog
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
@@ -32,7 +38,7 @@ from beacon_proxy.contracts import (
 from beacon_proxy.errors import Overloaded
 from beacon_proxy.ops.lines import JsonLines, encode
 from beacon_proxy.ops.live import MAX_WAITING
-from beacon_proxy.ops.telemetry import MAX_LISTENERS, Telemetry
+from beacon_proxy.ops.telemetry import MAX_LISTENERS, Telemetry, cost_usd
 
 SECRET = "sk-very-secret"
 UNIX = 1_700_000_000.25
@@ -279,6 +285,154 @@ def test_exchange_when_texts_are_huge_cuts_them() -> None:
     assert len(encode(teller.events[0])) < 1500
 
 
+# Text as a client, or a careless plugin, may make it up: of any size, with lone surrogates.
+odd_text = st.one_of(
+    st.text(st.characters(), max_size=12),
+    st.sampled_from(["", "llama3.2:1b", "/v1/x?key=1", "\ud800", '\x00\n"\\', "é" * 999]),
+)
+seconds = st.floats(0, 1e6)
+backends = st.builds(backend, odd_text, odd_text, st.floats(0, 1))
+outcomes = st.builds(
+    Outcome,
+    backend=backends,
+    number=st.integers(1, 9),
+    verdict=st.sampled_from(Verdict),
+    stage=st.sampled_from(Stage),
+    fault=st.none() | st.sampled_from(Fault),
+    status=st.none() | st.integers(100, 599),
+    sent=st.booleans(),
+    ttft=st.none() | seconds,
+    duration=seconds,
+    usage=st.none() | st.builds(Usage, st.integers(0, 1 << 60), st.integers(0, 1 << 60)),
+    detail=odd_text,
+)
+exchanges = st.builds(
+    exchange,
+    id=odd_text,
+    method=odd_text,
+    path=odd_text,
+    client=odd_text,
+    dialect=st.sampled_from(Dialect),
+    model=st.none() | odd_text,
+    trace_id=st.none() | odd_text,
+    attempts=st.lists(outcomes, max_size=3),
+    answered=st.none() | backends,
+)
+ends = st.fixed_dictionaries(
+    {
+        "end": st.sampled_from(End),
+        "status": st.integers(0, 599),
+        "reason": st.none() | odd_text | st.sampled_from(Fault),
+        "bytes_in": st.integers(0, 1 << 60),
+        "bytes_out": st.integers(0, 1 << 60),
+        "ttft": st.none() | seconds,
+        "duration": seconds,
+        "queued": seconds,
+    }
+)
+
+
+def plainly(of: Exchange, end: dict[str, Any]) -> dict[str, Any]:
+    """The canonical line as one would write it down, its order of fields included."""
+
+    def text(value: str | None, size: int | None = None) -> str | None:
+        return value if value is None else value[:size].encode("utf-8", "replace").decode()
+
+    def number(value: float | None, digits: int = 6) -> Any:
+        # One step more or less is nobody's business; more digits than that are.
+        if value is None:
+            return None
+        return pytest.approx(round(value, digits), rel=1e-12, abs=1.1 * 10**-digits)
+
+    def attempt(outcome: Outcome) -> dict[str, Any]:
+        return {
+            "backend": text(outcome.backend.name),
+            "region": text(outcome.backend.region),
+            "stage": outcome.stage.value,
+            "fault": outcome.fault and outcome.fault.value,
+            "status": outcome.status,
+            "duration_s": number(outcome.duration),
+            "ttft_s": number(outcome.ttft),
+            **({"detail": text(outcome.detail, 200)} if outcome.detail else {}),
+        }
+
+    last = of.answered or (of.attempts[-1].backend if of.attempts else None)
+    usages = [outcome.usage for outcome in of.attempts if outcome.usage]
+    tokens = {
+        "tokens_in": sum(usage.input for usage in usages),
+        "tokens_out": sum(usage.output for usage in usages),
+    }
+    return {
+        "level": "info",
+        "event": "exchange.done",
+        "id": text(of.id),
+        "end": end["end"].value,
+        "method": text(of.method, 32),
+        "path": text(of.path.split("?")[0], 256),
+        "dialect": of.dialect.value,
+        "model": text(of.model, 128),
+        "status": 499 if end["end"] is End.CLIENT_CLOSED else end["status"],
+        "reason": text(end["reason"]),
+        "backend": last and text(last.name),
+        "provider": last and text(last.provider),
+        "region": last and text(last.region),
+        "attempts": [attempt(outcome) for outcome in of.attempts],
+        "cost_usd": number(sum(map(cost_usd, of.attempts)), 9),
+        "client": text(of.client),
+        **({} if of.trace_id is None else {"trace_id": text(of.trace_id, 128)}),
+        **(tokens if usages else {}),
+        "ttft_s": number(end["ttft"]),
+        "duration_s": number(end["duration"]),
+        "queued_s": number(end["queued"]),
+        "bytes_in": end["bytes_in"],
+        "bytes_out": end["bytes_out"],
+    }
+
+
+@given(st.lists(st.tuples(exchanges, ends), min_size=1, max_size=6))
+def test_canonical_lines_of_any_exchanges_are_what_one_would_write_plainly(
+    told: list[tuple[Exchange, dict[str, Any]]],
+) -> None:
+    """Several in a row: what one leaves in the dict that is filled again shows in the next."""
+    file = io.BytesIO()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "stdout", SimpleNamespace(buffer=file))
+        telemetry = Telemetry(region="us-east", access_log=True)
+        for of, end in told:
+            telemetry.exchange(of, **end)
+        telemetry.close()
+    lines = file.getvalue().split(b"\n")
+    assert lines.pop() == b""
+    for (of, end), line in zip(told, lines, strict=True):
+        found = json.loads(line)
+        stamp = found.pop("ts")
+        assert datetime.now(UTC) - datetime.fromisoformat(stamp) < timedelta(minutes=5)
+        assert found == plainly(of, end)
+        assert list(found) == list(plainly(of, end))
+        assert len(line) < 20_000
+        for times in (found, *found["attempts"]):
+            for name in ("duration_s", "ttft_s", "queued_s"):
+                assert len(f"{times.get(name) or 0!r}".partition(".")[2]) <= 6
+
+
+@given(st.lists(st.integers(0, 1 << 54), min_size=1, max_size=20))
+def test_json_lines_tell_any_time_to_the_microsecond(ticks: list[int]) -> None:
+    """A clock that is put back, a second that is all but over: no stamp of the second before."""
+    times = []
+    for tick in ticks:
+        time = tick / (1 << 23)
+        times += [time // 1 + 0.9999998, time, time // 1]
+    file, clock = io.BytesIO(), iter(times)
+    lines = JsonLines(file, unix=lambda: next(clock))
+    for _ in times:
+        lines.write({"ts": None, "level": "info", "event": "x"})
+    for time, line in zip(times, file.getvalue().splitlines(), strict=True):
+        stamp = json.loads(line)["ts"]
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?Z", stamp)
+        exact = datetime.fromtimestamp(time, UTC)
+        assert abs(datetime.fromisoformat(stamp) - exact) <= timedelta(microseconds=1)
+
+
 async def test_telling_tells_no_body_query_or_credential() -> None:
     file = io.BytesIO()
     telemetry = Telemetry(region="us-east", access_log=True, log=JsonLines(file).logger)
@@ -311,7 +465,9 @@ async def test_telling_tells_no_body_query_or_credential() -> None:
 def test_json_lines_write_one_json_object_a_line_in_utc() -> None:
     file = io.BytesIO()
     lines = JsonLines(file, unix=lambda: UNIX)
-    lines.write("info", "exchange.done", {"id": "ü\n", "end": End.COMPLETE})
+    lines.write(
+        {"ts": None, "level": "info", "event": "exchange.done", "id": "ü\n", "end": End.COMPLETE}
+    )
     lines.logger.warning("backend.ejected", seconds=30.0)
     first, second = file.getvalue().splitlines()
     assert json.loads(first) == {
@@ -586,6 +742,15 @@ def test_metrics_overhead_leaves_attempts_and_waits_out() -> None:
     samples = teller.samples()
     assert samples["beacon_overhead_seconds_sum", ()] == pytest.approx(0.003)
     assert samples["beacon_overhead_seconds_count", ()] == 1
+
+
+def test_metrics_overhead_is_never_below_zero() -> None:
+    """Attempts are measured on their own; together they may seem to last longer than the whole."""
+    teller = Teller()
+    teller.end(exchange(), outcome(), outcome(number=2), duration=3.999)
+    samples = teller.samples()
+    assert samples["beacon_overhead_seconds_sum", ()] == 0
+    assert samples["beacon_overhead_seconds_bucket", ("5e-05",)] == 1
 
 
 def test_metrics_overhead_of_an_exchange_that_broke_is_not_counted() -> None:

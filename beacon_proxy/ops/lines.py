@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, MutableMapping
 from datetime import UTC, datetime
+from math import inf
 from typing import Any, BinaryIO
 
 import orjson
@@ -41,7 +42,10 @@ def _plain(value: Any) -> Any:
     return name if isinstance(name, str) else f"<{type(value).__name__}>"
 
 
-Write = Callable[[str, str, dict[str, Any]], None]  # level, event, fields
+_DIGITS = tuple(f"{n:03}" for n in range(1000))  # to look up is half of the time to format
+
+Line = dict[str, Any]  # first `ts` (None until it is written), `level` and `event`; then its fields
+Write = Callable[[Line], None]
 
 
 class JsonLines:
@@ -56,6 +60,7 @@ class JsonLines:
     def __init__(self, to: BinaryIO | LineWriter, unix: Clock = time.time) -> None:
         self._sink: Any = to if isinstance(to, LineWriter) else structlog.BytesLogger(to)
         self._unix = unix
+        self._second, self._prefix = -inf, ""  # unix s, and how its time stamps begin
         self.logger: Any = structlog.wrap_logger(
             self._sink,
             processors=[structlog.processors.format_exc_info, self._process],
@@ -64,26 +69,37 @@ class JsonLines:
             cache_logger_on_first_use=True,
         ).bind()  # bound once: the lazy proxy costs a lookup a line
 
-    def write(self, level: str, event: str, fields: dict[str, Any]) -> None:
-        """Write the line that `logger` would write.
+    def write(self, line: Line) -> None:
+        """Write the line that `logger` would write; sets its `ts`.
 
         The way of the canonical line: through `logger` its twenty fields would be copied five
         times as keyword arguments, which takes longer than making JSON of them.
         """
-        self._sink.msg(self._line(level, event, fields))
+        now = self._unix()
+        rest = now - self._second
+        if 0.000001 <= rest < 0.999999:
+            micros = int(rest * 1e6 + 0.5)
+            line["ts"] = f"{self._prefix}{_DIGITS[micros // 1000]}{_DIGITS[micros % 1000]}Z"
+        else:
+            line["ts"] = self._begin(now)
+        self._sink.msg(encode(line))
+
+    def _begin(self, now: float) -> datetime:
+        self._second = now // 1
+        self._prefix = f"{datetime.fromtimestamp(self._second, UTC):%Y-%m-%dT%H:%M:%S}."
+        return datetime.fromtimestamp(now, UTC)
 
     def _process(self, _logger: Any, level: str, event: MutableMapping[str, Any]) -> bytes:
-        return self._line(level, event.pop("event", None), event)
-
-    def _line(self, level: str, event: str | None, fields: Mapping[str, Any]) -> bytes:
         stamp = datetime.fromtimestamp(self._unix(), UTC)
-        return encode({"ts": stamp, "level": level, "event": event, **fields})
+        return encode({"ts": stamp, "level": level, "event": event.pop("event", None), **event})
 
 
 def through(log: Any) -> Write:
     """The same for a structlog logger of the caller's own."""
 
-    def write(level: str, event: str, fields: dict[str, Any]) -> None:
-        getattr(log, level)(event, **fields)
+    def write(line: Line) -> None:
+        fields = dict(line)
+        del fields["ts"]
+        getattr(log, fields.pop("level"))(fields.pop("event"), **fields)
 
     return write

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..contracts import Candidates, Clock, End, Exchange, Outcome
 from ..errors import Overloaded
-from .lines import JsonLines, encode, through
+from .canonical import Canonical
+from .lines import JsonLines, Line, encode, through
 from .live import Listener
 from .metrics import Metrics
 from .windows import Windows
@@ -64,7 +65,8 @@ class Telemetry:
         self._writer = LineWriter() if log is None else None
         lines = None if self._writer is None else JsonLines(self._writer, unix)
         self.log = log if lines is None else lines.logger
-        self._line = through(log) if lines is None else lines.write
+        self._write = through(log) if lines is None else lines.write
+        self._canonical = Canonical()
         self.windows = Windows(clock)
         self._access_log = access_log
         self._listeners: list[Listener] = []
@@ -98,16 +100,13 @@ class Telemetry:
         self.metrics.exchange(exchange, end, status, reason, duration, queued)
         if not self._access_log and not self._listeners:
             return
-        fields = _canonical(exchange, end, status, reason)
-        fields["ttft_s"] = None if ttft is None else _round(ttft)
-        fields["duration_s"] = _round(duration)
-        fields["queued_s"] = _round(queued)
-        fields["bytes_in"] = bytes_in
-        fields["bytes_out"] = bytes_out
+        line = self._canonical.line(
+            exchange, end, status, reason, bytes_in, bytes_out, ttft, duration, queued
+        )
         if self._access_log:
-            self._write("info", "exchange.done", fields)
+            self._tell(line)
         if self._listeners:
-            self._publish("exchange.done", fields)
+            self._publish(line)
 
     def notify(self, event: str, /, **fields: Any) -> None:
         """Tell the operator: a log line, and a live event. See `contracts.Notify`."""
@@ -115,9 +114,10 @@ class Telemetry:
             backend = fields.get("backend")
             self.metrics.ejections[str(getattr(backend, "name", backend))] += 1
         told = {f"{name}_" if name in _TAKEN else name: value for name, value in fields.items()}
-        self._write(LEVELS.get(event, "info"), event, told)
+        line: Line = {"ts": None, "level": LEVELS.get(event, "info"), "event": event, **told}
+        self._tell(line)
         if self._listeners:
-            self._publish(event, told)
+            self._publish(line)
 
     def queue_depth(self, n: int) -> None:
         """Note how many exchanges wait for room now."""
@@ -154,17 +154,19 @@ class Telemetry:
         if listener in self._listeners:
             self._listeners.remove(listener)
 
-    def _write(self, level: str, event: str, fields: dict[str, Any]) -> None:
+    def _tell(self, line: Line) -> None:
         try:
-            self._line(level, event, fields)
+            self._write(line)
         except (OSError, ValueError):  # who reads our stdout is gone, its disk full, it is closed
             self.metrics.lines_lost += 1
 
-    def _publish(self, event: str, fields: dict[str, Any]) -> None:
-        told = {"type": event, "timestamp": self.unix(), **_public(fields)}
-        line = encode(told) + b"\n"
+    def _publish(self, line: Line) -> None:
+        told = _public(line)
+        del told["ts"], told["level"]
+        event = told.pop("event")
+        text = encode({"type": event, "timestamp": self.unix(), **told}) + b"\n"
         for listener in self._listeners:
-            listener.put(event, line)
+            listener.put(event, text)
 
 
 def _public(fields: dict[str, Any]) -> dict[str, Any]:
@@ -178,50 +180,3 @@ def cost_usd(outcome: Outcome) -> float:
     """Estimate what an attempt costs: its seconds by the price; 0 where nothing was sent."""
     billed = outcome.sent or outcome.status is not None
     return outcome.duration * outcome.backend.price_per_second if billed else 0.0
-
-
-def _canonical(exchange: Exchange, end: End, status: int, reason: str | None) -> dict[str, Any]:
-    """The canonical line less its measures; `backend` gave the answer, or was the last tried."""
-    attempts = exchange.attempts
-    last = exchange.answered or (attempts[-1].backend if attempts else None)
-    fields: dict[str, Any] = {
-        "id": exchange.id,
-        "end": end,
-        "method": exchange.method[:32],
-        "path": exchange.path.partition("?")[0][:256],
-        "dialect": exchange.dialect,
-        "model": exchange.model and exchange.model[:128],
-        "status": status,
-        "reason": reason,
-        "backend": last and last.name,
-        "provider": last and last.provider,
-        "region": last and last.region,
-        "attempts": [_attempt(outcome) for outcome in attempts],
-        "cost_usd": _round(sum([cost_usd(outcome) for outcome in attempts]), 1e9),
-        "client": exchange.client,
-    }
-    if exchange.trace_id is not None:
-        fields["trace_id"] = exchange.trace_id[:128]
-    for usage in [outcome.usage for outcome in attempts if outcome.usage is not None]:
-        fields["tokens_in"] = fields.get("tokens_in", 0) + usage.input
-        fields["tokens_out"] = fields.get("tokens_out", 0) + usage.output
-    return fields
-
-
-def _attempt(outcome: Outcome) -> dict[str, Any]:
-    fields = {
-        "backend": outcome.backend.name,
-        "region": outcome.backend.region,
-        "stage": outcome.stage,
-        "fault": outcome.fault,
-        "status": outcome.status,
-        "duration_s": _round(outcome.duration),
-        "ttft_s": None if outcome.ttft is None else _round(outcome.ttft),
-    }
-    if outcome.detail:
-        fields["detail"] = outcome.detail[:200]
-    return fields
-
-
-def _round(value: float, steps: float = 1e6) -> float:
-    return int(value * steps + 0.5) / steps  # a third of the time of round(); nothing is negative
