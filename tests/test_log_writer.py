@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import BinaryIO
 
 import pytest
 
+from beacon_proxy.ops import writer as writer_module
 from beacon_proxy.ops.lines import JsonLines
 from beacon_proxy.ops.telemetry import Telemetry
 from beacon_proxy.ops.writer import LineWriter
@@ -86,6 +88,55 @@ def test_lines_when_many_bytes_wait_are_dropped_however_few_they_are(pipe: Pipe)
     assert 39 <= writer.lost <= 40
 
 
+@pytest.mark.parametrize("bound", [{"max_lines": 100}, {"max_bytes": 1000}])
+def test_lines_past_the_bound_are_dropped_each_and_counted(
+    bound: dict[str, int], pipe: Pipe
+) -> None:
+    writer = LineWriter(pipe.writer, **bound)
+    writer.msg(b"x" * 2 * SMALL)
+    pipe.reader.read(1)  # the thread has taken it, and is stuck
+    for n in range(250):
+        writer.msg(b"%010d" % n)
+    assert writer.lost == 150
+    assert pipe.read_lines(101)[1:] == [b"%010d" % n for n in range(100)]
+    assert writer.close()
+    assert writer.lost == 150
+
+
+def test_lines_when_logged_faster_than_read_are_each_written_in_order_or_counted(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "PAUSE", 0.0)
+    writer = LineWriter(pipe.writer, max_lines=50)
+    read: list[int] = []
+    reader = threading.Thread(target=lambda: read.extend(map(int, pipe.reader.readlines())))
+    reader.start()
+    for n in range(20_000):
+        writer.msg(b"%d" % n)
+    assert writer.close(10.0)
+    pipe.writer.close()
+    reader.join()
+    assert read == sorted(set(read))
+    assert len(read) + writer.lost == 20_000
+
+
+def test_lines_after_each_silence_wake_the_thread(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line that comes just as the thread goes to sleep must not lie there until the next."""
+    monkeypatch.setattr(writer_module, "PAUSE", 0.0)
+    writer = LineWriter(pipe.writer)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for n in range(2000):
+            writer.msg(b"%d" % n)
+            assert pipe.read_lines(1) == [b"%d" % n]
+    finally:
+        sys.setswitchinterval(interval)
+    assert writer.close()
+
+
 def test_lines_when_who_reads_is_gone_are_lost_and_counted(pipe: Pipe) -> None:
     writer = LineWriter(pipe.writer)
     pipe.reader.close()
@@ -113,24 +164,27 @@ def test_lines_when_the_disk_was_full_begin_anew_on_their_own(
     pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer, write = LineWriter(pipe.writer), os.write
-    left = [7]
+    begun, both_wait = threading.Event(), threading.Event()
+    room = iter([6, 7, 0])  # bytes: the first line, some of the next two, none of the rest
 
     def filling(number: int, data: memoryview) -> int:
-        if left and not (room := left.pop()):
+        begun.set()
+        both_wait.wait()
+        if not (left := next(room)):
             raise OSError(28, "No space left on device")
-        if left:
-            return write(number, data)
-        left.append(0)
-        return write(number, data[:room])
+        return write(number, data[:left])
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", filling)
+        writer.msg(b"first")
+        begun.wait()
         writer.msg(b"12345")
         writer.msg(b"67890")
+        both_wait.set()
         assert writer.flush()
     writer.msg(b"whole")
     assert writer.close()
-    assert pipe.read_lines(3) == [b"12345", b"6", b"whole"]
+    assert pipe.read_lines(4) == [b"first", b"12345", b"6", b"whole"]
     assert writer.lost == 1
 
 

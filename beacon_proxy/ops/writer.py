@@ -2,8 +2,13 @@
 
 Rule 1: `msg` never waits. It appends to a buffer that is bounded in lines and in bytes; a line that
     finds it full is dropped and counted.
-Rule 2: the thread takes all there is and writes it at once, at most every `PAUSE` seconds.
-Rule 3: the thread is a daemon and writes to the file descriptor itself. In a buffered file it would
+Rule 2: the thread takes all there is and writes it at once, at most every `PAUSE` seconds: each
+    time costs some switches between threads, which a longer pause spreads over more lines. Only
+    where it finds nothing it sleeps, and has to be woken by the next line.
+Rule 3: one thread logs, the loop's. So the two need no lock: a deque may be used from both ends,
+    each counter is written by one side alone, and the thread says that it sleeps before it looks
+    for the last time.
+Rule 4: the thread is a daemon and writes to the file descriptor itself. In a buffered file it would
     hold a lock while it is stuck, and the interpreter dies at its end on such a lock.
 """
 
@@ -18,7 +23,7 @@ import threading
 from collections import deque
 from typing import BinaryIO
 
-PAUSE = 0.02  # s between two writes
+PAUSE = 0.1  # s between two writes
 MAX_LINES = 10_000
 MAX_BYTES = 8 << 20
 _AT_EXIT = 1.0  # s that the end of a process waits for who reads the log
@@ -41,12 +46,13 @@ class LineWriter:
         self._file: BinaryIO | None = file or getattr(sys.stdout, "buffer", None)
         self._max_lines, self._max_bytes = max_lines, max_bytes
         self._waiting: deque[bytes] = deque()
-        self._bytes = 0  # that wait
+        self._given = self._taken = 0  # bytes, ever; counted by who logs, and by the thread
+        self._dropped = self._failed = 0  # lines, likewise
         self._torn = False  # the last write ended inside a line
-        self._busy = False  # the thread has taken lines that are not written yet
-        self._dropped = self._failed = 0  # lines; counted by who logs, and by the thread
-        self._lock = threading.Lock()
-        self._written = threading.Condition(self._lock)
+        self._asleep = True  # the thread: it must be woken
+        self._busy = False  # the thread has taken lines that are not written yet, or is about to
+        self._closed = False
+        self._written = threading.Condition()
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -58,17 +64,18 @@ class LineWriter:
 
     def msg(self, line: bytes) -> None:
         """Take one line, without its end, to be written soon."""
-        with self._lock:
-            full = len(self._waiting) >= self._max_lines or self._bytes >= self._max_bytes
-            if full or self._closing.is_set():
-                self._dropped += 1
-                return
-            self._waiting.append(line)
-            self._bytes += len(line)
-            if self._thread is None:
-                self._start()
-        if not self._wake.is_set():
-            self._wake.set()
+        waiting, size = self._waiting, len(line)
+        if (
+            self._closed
+            or len(waiting) >= self._max_lines
+            or self._given - self._taken >= self._max_bytes
+        ):
+            self._dropped += 1
+            return
+        self._given += size
+        waiting.append(line)
+        if self._asleep:
+            self._rouse()
 
     log = debug = info = warning = warn = error = exception = critical = fatal = msg
 
@@ -79,33 +86,42 @@ class LineWriter:
 
     def close(self, timeout: float = _AT_EXIT) -> bool:
         """Flush, and take no more lines: later ones are lost. Safe to call twice."""
-        with self._lock:
-            self._closing.set()
+        self._closed = True
+        self._closing.set()
         self._wake.set()
         atexit.unregister(self.close)
         return self.flush(timeout)
 
-    def _start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="log.writer", daemon=True)
-        self._thread.start()
-        atexit.register(self.close)
+    def _rouse(self) -> None:
+        self._asleep = False
+        self._wake.set()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="log.writer", daemon=True)
+            self._thread.start()
+            atexit.register(self.close)
 
     def _run(self) -> None:
+        waiting = self._waiting
         while True:
-            self._wake.wait()
-            self._wake.clear()
-            with self._lock:
-                lines, self._waiting, self._bytes = self._waiting, deque(), 0
-                self._busy = bool(lines)
-            if lines:
+            if waiting:
+                self._busy = True
+                lines = [waiting.popleft() for _ in range(len(waiting))]
+                self._taken += sum(map(len, lines))
                 self._put(lines)
-            with self._written:
-                self._busy = False
-                self._written.notify_all()
-            if self._closing.wait(PAUSE) and not self._waiting:
+                with self._written:
+                    self._busy = False
+                    self._written.notify_all()
+                self._closing.wait(PAUSE)
+            elif self._closed:
                 return
+            else:
+                self._asleep = True
+                if not waiting and not self._closed:  # neither came before we said that we sleep
+                    self._wake.wait()
+                self._asleep = False
+                self._wake.clear()
 
-    def _put(self, lines: deque[bytes]) -> None:
+    def _put(self, lines: list[bytes]) -> None:
         lines.append(b"")  # the last one ends, too
         whole = b"\n".join(lines)
         done = 0
