@@ -40,9 +40,7 @@ def outcome(
     duration: float = 1.0,
     usage: Usage | None = None,
 ) -> Outcome:
-    return Outcome(
-        at or ONE, 1, verdict, Stage.DONE, ttft=ttft, duration=duration, usage=usage
-    )
+    return Outcome(at or ONE, 1, verdict, Stage.DONE, ttft=ttft, duration=duration, usage=usage)
 
 
 def total(windows: Windows, minutes: int = 60) -> Totals:

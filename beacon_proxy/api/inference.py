@@ -71,7 +71,7 @@ class _Client:
         backend = attempt.backend
         answer = attempt.answer
         assert answer is not None
-        self._reader.join(attempt, self._fleet.providers[backend.provider])
+        self._reader.join(backend, self._fleet.providers[backend.provider])
         self._exchange.answered = backend
         named = answered_by(backend.name, backend.provider, backend.region, attempts)
         answer.commit(self._reader, named)

@@ -226,8 +226,11 @@ class ClientConnection(asyncio.Protocol):
         self._queue.clear()
         if self._task is not None:
             self._task.cancel()
-        if self.guest is not None:
-            self.guest.connection_lost(exc)
+        guest, self.guest = self.guest, None
+        # Each of them holds this object.
+        self._request = self._receiving = self._successor = self._broken = None
+        if guest is not None:
+            guest.connection_lost(exc)
 
     def pause_writing(self) -> None:
         self.writing_paused = True

@@ -8,8 +8,7 @@ from typing import Any
 
 import orjson
 
-from ..contracts import Fault, Headers, Provider, Reading
-from ..routing.attempt import Attempt
+from ..contracts import Backend, Fault, Headers, Provider, Reading
 from ..wire.answer import Answer
 from ..wire.expect import is_event_stream
 from ..wire.relay import ClientSink
@@ -35,17 +34,18 @@ class Reader:
         self._added = b""
         self._texts: list[str] = []
         self._size = 0
-        self.attempt: Attempt | None = None
-        self.provider: Provider | None = None
-        self.answer: Answer | None = None
+        self._backend: Backend | None = None
+        self._provider: Provider | None = None
+        self._answer: Answer | None = None  # while it runs: it holds this object
+        self.status: int | None = None
         self.reading = Reading()
         self.problem: str | None = None
 
-    def join(self, attempt: Attempt, provider: Provider) -> None:
-        self.attempt, self.provider = attempt, provider
+    def join(self, backend: Backend, provider: Provider) -> None:
+        self._backend, self._provider = backend, provider
 
     def start(self, answer: Answer, added: bytes) -> None:
-        self.answer = answer
+        self._answer, self.status = answer, answer.status
         self._added = added
         self._rest, self.problem, self.reading = b"", None, Reading()
         self._texts, self._size = [], 0
@@ -57,9 +57,9 @@ class Reader:
     def write(self, data: bytes) -> None:
         self._size += len(data)
         held = self._size if not self._stream else len(self._rest)
-        if held > ANSWER_CAP and self.attempt is not None and self.attempt.answer is not None:
+        if held > ANSWER_CAP and self._answer is not None:
             self.problem = "the answer is too large"
-            self.attempt.answer.cut(Fault.MALFORMED, self.problem)
+            self._answer.cut(Fault.MALFORMED, self.problem)
             return
         self._rest += data
         if self._events:
@@ -85,17 +85,18 @@ class Reader:
             self._line({"response": read.text, "done": False})
 
     def _read(self, data: bytes) -> Reading:
-        assert self.attempt is not None
-        assert self.provider is not None
+        assert self._backend is not None
+        assert self._provider is not None
         try:
             document = orjson.loads(data)
         except orjson.JSONDecodeError:
             document = None
         if not isinstance(document, dict):
             return Reading(error="the backend's answer is not a JSON object")
-        return self.provider.read(self.attempt.backend, document)
+        return self._provider.read(self._backend, document)
 
     def finish(self, trailers: Headers) -> None:
+        self._answer = None
         if self._events:
             self.reading = replace(self.reading, text="".join(self._texts))
         elif self.problem is None:
@@ -110,6 +111,7 @@ class Reader:
         return self._sink.moved()
 
     def fail(self, event: bytes | None) -> None:
+        self._answer = None
         self.problem = self.problem or "the backend's answer broke off"
 
     def _line(self, content: Mapping[str, Any]) -> None:

@@ -42,7 +42,7 @@ def failure_of(
 ) -> dict[str, Any] | None:
     """What went wrong, as the portal shows it; None where nothing did."""
     last = exchange.attempts[-1] if exchange.attempts else None
-    status = reader.answer.status if reader.answer is not None else None
+    status = reader.status
     refused = status is not None and status >= 400
     if error is None and reader.problem is None and not refused:
         return None

@@ -87,7 +87,7 @@ class Attempt:
         try:
             outgoing = source.outgoing(self.candidate, self._provider)
         except ProxyError as exc:
-            self.error = exc
+            self.error = exc.with_traceback(None)
             return
         connection = self._wire.pool.take(self.backend) if exchange.may_repeat else None
         while True:
@@ -96,7 +96,7 @@ class Attempt:
                 try:
                     connection = await self._connect()
                 except UpstreamError as exc:
-                    self.error = exc
+                    self.error = exc.with_traceback(None)
                     return
             answer = self._send(connection, outgoing, source, lone)
             while not answer.decided:
@@ -172,7 +172,7 @@ class Attempt:
             connection.uploaded = True
             answer.sent()
         except ProxyError as exc:
-            self.error = exc
+            self.error = exc.with_traceback(None)
             answer.fail(Fault.CLIENT_CLOSED, exc.message)
             connection.abort()
         except ClientGone:
@@ -201,6 +201,12 @@ class Attempt:
     def flow(self) -> Connection | None:
         """The connection under the answer, for back-pressure."""
         return self._connection
+
+    def take_error(self) -> ProxyError:
+        """The error, to be raised; if it stayed here, its traceback would hold this object."""
+        error, self.error = self.error, None
+        assert error is not None
+        return error
 
     def judgement_of_error(self) -> Judgement:
         error = self.error

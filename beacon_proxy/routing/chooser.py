@@ -143,7 +143,11 @@ class Chooser:
                 continue
             permits: list[Permit] = []
             for admit in admits:
-                permit = admit(exchange, backend)
+                try:
+                    permit = admit(exchange, backend)
+                except BaseException:  # a plugin's fault must not cost the slots taken before it
+                    _release(permits)
+                    raise
                 if permit is None:
                     break
                 if permit is not NO_SLOT:
@@ -154,8 +158,7 @@ class Chooser:
                     if other.last_resort:
                         spare -= 1
                 return Choice(candidate, self._fleet.providers[backend.provider], permits, spare)
-            for permit in permits:
-                permit.release()
+            _release(permits)
         return None
 
     def nobody(self, exchange: Exchange) -> NoBackend:
@@ -168,6 +171,11 @@ class Chooser:
         ]
         wait = min((wait for wait in waits if wait > 0), default=5.0)
         return NoBackend(f"no healthy backend{where}", retry_after=min(max(wait, 1.0), 60.0))
+
+
+def _release(permits: list[Permit]) -> None:
+    for permit in permits:
+        permit.release()
 
 
 def _estimate(candidate: Candidate, typical: float) -> float:

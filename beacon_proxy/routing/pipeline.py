@@ -187,7 +187,7 @@ class Pipeline:
         if answer is None or not answer.committed:
             run.end = _ERROR
             if attempt.error is not None and not isinstance(attempt.error, UpstreamError):
-                raise attempt.error  # the client's own request was at fault
+                raise attempt.take_error()  # the client's own request was at fault
             if fallback is None:
                 raise self._error_of(exchange, attempt)
             client.commit(fallback, len(exchange.attempts))
@@ -201,7 +201,7 @@ class Pipeline:
         if attempt.candidate.last_resort:
             return self._chooser.nobody(exchange)
         if attempt.error is not None:
-            return attempt.error
+            return attempt.take_error()
         answer = attempt.answer
         assert answer is not None
         last = attempt.last

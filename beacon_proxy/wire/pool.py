@@ -61,7 +61,9 @@ class Pool:
             detail = f"no connection within {limit} s"
             raise UpstreamError(Fault.TIMEOUT, Stage.CONNECT, detail) from exc
         except OSError as exc:
-            raise UpstreamError(_fault_of(exc), Stage.CONNECT, _detail_of(exc)) from exc
+            raise UpstreamError(
+                _fault_of(exc), Stage.CONNECT, _detail_of(exc)
+            ) from exc.with_traceback(None)
 
     async def _connect(self, backend: Backend) -> Connection:
         infos = await self._names.resolve(backend.host, backend.port)
@@ -74,15 +76,17 @@ class Pool:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         secure = backend.scheme == "https"
         context = tls_context(backend.tls_verify, backend.tls_ca_file) if secure else None
+        connection = Connection(self._loop, self._wheel, partial(self._put, backend))
         try:
-            _, connection = await self._loop.create_connection(
-                lambda: Connection(self._loop, self._wheel, partial(self._put, backend)),
+            await self._loop.create_connection(
+                lambda: connection,
                 sock=sock,
                 ssl=context,
                 server_hostname=backend.host if secure else None,
             )
         except BaseException:
             sock.close()
+            connection.connection_lost(None)
             raise
         return connection
 

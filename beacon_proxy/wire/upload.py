@@ -205,7 +205,7 @@ class Upload:
         self._continue = None
         if self._error is not None and not self._waiting:
             if isinstance(self._error, ProxyError | ClientGone):
-                raise self._error
+                raise type(self._error)(*self._error.args)  # raised, it would hold this object
             raise BadRequest("the body's framing is malformed") from self._error
         data = self._take() if self._waiting else b""
         self.complete = self.ended
