@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import contenders, modes, peers, report, results
+from .bed import CORES
 from .modes import SCALE, Mode, Run
 from .processes import Failed, raise_descriptor_limit
 
@@ -33,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "report":
         _write_report(results.load())
         return 0
+    if len(CORES) < 2:
+        print("two cores are needed: one for the load, one for who is measured", file=sys.stderr)
+        return 1
     signal.signal(signal.SIGTERM, _leave)
     raise_descriptor_limit()
     try:
@@ -65,6 +69,7 @@ def _run_mode(mode: Mode, args: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": results.machine(),
         "seconds": seconds,
+        "added": mode.added,
         "versions": {},
         "left_out": dict(mode.left_out),
         "runs": {},

@@ -21,7 +21,8 @@ from .framing import Broken
 from .load import Spec, read
 from .processes import Failed, running, stop, tail
 
-LOAD_CORE, PROXY_CORE = 0, 1
+CORES = sorted(os.sched_getaffinity(0))
+LOAD_CORE, PROXY_CORE = CORES[0], CORES[-1]
 OUTPUT, BACKEND_LOG = "output.log", "backend.log"
 _READY = 10.0  # s until the backend must listen
 

@@ -64,9 +64,9 @@ class Beacon(Contender):
     def version(self) -> str:
         from beacon_proxy import __version__
 
-        command = ["git", "-C", os.fspath(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        return f"{__version__} ({done.stdout.strip()})" if done.stdout else __version__
+        commit = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--", "beacon_proxy", "middleware", "providers")
+        return f"{__version__} ({commit}{' changed' if changed else ''})" if commit else __version__
 
     def command(self, folder: Path, port: int, backends: Sequence[int]) -> list[str | Path]:
         rows: list[dict[str, object]] = [
@@ -85,6 +85,17 @@ class Beacon(Contender):
 
     def access_log(self, folder: Path, output: Path) -> Path | None:
         return output
+
+
+def _git(*words: str) -> str:
+    """What git says of this tree; nothing where there is no git."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", os.fspath(ROOT), *words], capture_output=True, text=True, timeout=30
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 class Envoy(Contender):

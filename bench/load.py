@@ -44,7 +44,7 @@ class Spec:
     warm: float = 1.0  # s before the window, at least
     seconds: float = 5.0  # of the window
     limit: float = 30.0  # s until all streams must have begun, and until the last answer ends
-    backend: int = 0  # process that ends the streams at SIGUSR1
+    backend: int = 0  # process that ends the streams at SIGUSR1; 0: they end by themselves
     exact: bool = True  # answers must be the backend's to the byte
     size: int = 0  # bytes of an upload or download
     rate: float = 0.0  # bytes/s at which a download is read; 0: as they come
@@ -61,14 +61,6 @@ class Counts:
     tokens: int = 0
     times: list[float] = field(default_factory=list)  # s of an answer, or of a token's way
     all_done: int = 0  # answers since the start of the load, good ones
-    begun: int = 0  # streams that had a token
-    streams: int = 0  # that must
-    all_begun: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def begin_stream(self) -> None:
-        self.begun += 1
-        if self.begun == self.streams:
-            self.all_begun.set()
 
     def begin(self) -> None:
         self.done = self.tokens = 0
@@ -230,9 +222,10 @@ class Tokens(asyncio.Protocol):
         self._spec, self._counts = spec, counts
         host = f"127.0.0.1:{spec.port}"
         self.number, self._request = work.Requests(host, lane + 1, stream=True, texts=1).next()
+        self._transport: asyncio.Transport | None = None
         self._rest = b""  # of the head, then of an event that is not whole
         self._chunks: Chunks | None = None
-        self._tokens, self._total = 0, -1  # that came, and that the backend says it sent
+        self.tokens, self._total = 0, -1  # that came, and that the backend says it sent
         self._marked = False  # the stream has said that it ends
         self.begun = asyncio.Event()  # it has a token, or never will
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -245,8 +238,7 @@ class Tokens(asyncio.Protocol):
             try:
                 await loop.create_connection(lambda: self, "127.0.0.1", self._spec.port)
             except OSError as exc:
-                self._counts.errors[f"cannot connect: {exc.strerror}"] += 1
-                return
+                self._end(f"cannot connect: {exc.strerror}")
             await self.begun.wait()
         await self.ended
 
@@ -295,10 +287,8 @@ class Tokens(asyncio.Protocol):
             found = payload.count(work.STAMP)
             counts = self._counts
             counts.tokens += found
-            if not self._tokens:
-                counts.begin_stream()
-                self.begun.set()
-            self._tokens += found
+            self.tokens += found
+            self.begun.set()
             at += len(work.STAMP)
             sent = int(payload[at : at + work.STAMP_DIGITS])
             counts.times.append(time.monotonic() - sent / 1e6)
@@ -312,8 +302,8 @@ class Tokens(asyncio.Protocol):
     def _fault(self) -> str | None:
         if not self._marked or self._rest:
             return "a stream without its end marker"
-        if self._tokens != self._total:
-            return f"a stream with {self._tokens} of {self._total} tokens"
+        if self.tokens != self._total:
+            return f"a stream with {self.tokens} of {self._total} tokens"
         return None
 
     def _end(self, fault: str | None) -> None:
@@ -325,7 +315,8 @@ class Tokens(asyncio.Protocol):
             self._counts.all_done += 1
         else:
             self._counts.errors[fault] += 1
-        self._transport.abort() if fault else self._transport.close()
+        if self._transport is not None:
+            (self._transport.abort if fault else self._transport.close)()
 
 
 async def run(spec: Spec) -> dict[str, Any]:
@@ -367,7 +358,6 @@ async def load_streams(spec: Spec, counts: Counts) -> dict[str, Any]:
     before = Tree(spec.root).memory().rss if spec.root else 0
     lanes = [Tokens(spec, counts, n) for n in range(spec.connections)]
     ramp = spec.warm * 0.7
-    counts.streams = len(lanes)
     starting = asyncio.Semaphore(STARTING)
     async with asyncio.TaskGroup() as group:
         tasks = [
@@ -377,16 +367,18 @@ async def load_streams(spec: Spec, counts: Counts) -> dict[str, Any]:
         began = time.monotonic()
         with suppress(TimeoutError):
             async with asyncio.timeout(spec.limit):
-                await counts.all_begun.wait()
+                for lane in lanes:
+                    await lane.begun.wait()
         await asyncio.sleep(max(0.5, spec.warm - (time.monotonic() - began)))
         counts.begin()
         await asyncio.sleep(spec.seconds)
         found = counts.end()
-        if counts.begun < len(lanes):
-            counts.errors["a stream that did not begin"] += len(lanes) - counts.begun
+        if idle := sum(not lane.begun.is_set() for lane in lanes):
+            counts.errors["a stream that did not begin"] += idle
         if early := sum(lane.ended.done() for lane in lanes):
             counts.errors["a stream that ended too early"] += early
-        os.kill(spec.backend, signal.SIGUSR1)
+        if spec.backend:
+            os.kill(spec.backend, signal.SIGUSR1)
         _, late = await asyncio.wait(tasks, timeout=spec.limit)
         for task in late:
             counts.errors["a stream that does not end"] += 1

@@ -55,7 +55,7 @@ class Mode:
         left_out: who does not take part, and why.
         seconds: how long one run measures by default.
         repeats: how often it is run by default.
-        main: the figures to show first, the rest follow.
+        added: it is about the time that a contender adds to the direct way.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Mode:
     left_out: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 5.0
     repeats: int = 3
+    added: bool = False
 
 
 def _documents(connections: int) -> Callable[[Contender, float], Run]:
@@ -166,7 +167,7 @@ def _open_8000(contender: Contender, seconds: float) -> Run:
     return stream(contender, 8000, 1.0, seconds, warm=12)
 
 
-SCALE = (100, 500, 1000, 2000, 4000)  # streams
+SCALE = (100, 400, 1200, 4000)  # streams
 SCALE_RATE = 10_000  # tokens/s of all of them
 
 
@@ -188,7 +189,7 @@ def _start(contender: Contender, seconds: float) -> Run:
 
 def _soak(contender: Contender, seconds: float) -> Run:
     backend = {"interval": 0.25, "tokens": 100, "seed": 1}
-    with bed(contender, backend, _probing) as under:
+    with bed(contender, backend, probing) as under:
         record = under.folder / "sent.json"
         spec = soak.Spec(
             under.port,
@@ -198,13 +199,11 @@ def _soak(contender: Contender, seconds: float) -> Run:
             seconds=seconds,
             warm=min(120.0, seconds / 4),
         )
-        found = under.run("bench.soak", asdict(spec), seconds + 2 * spec.limit + 4 * soak.IDLE)
+        found = under.run("bench.soak", asdict(spec), seconds + 2 * spec.limit + 2 * spec.rest)
         log = under.log()
         assert log is not None
-        lines = (json.loads(line) for line in log.read_bytes().splitlines())
-        exchanges = [line for line in lines if line["event"] == "exchange.done"]
         sent = soak.read_record(record)
-        totals, faults = soak.account(sent, exchanges, found["metrics"])
+        totals, faults = soak.account(sent, exchanges(log), found["metrics"])
         deaths = (under.folder / BACKEND_LOG).read_text().count('"died"')
     run = Run(_soaked(found, totals), Counter(found["errors"]))
     run.figures |= {"exchanges": len(sent), "deaths": deaths, "unaccounted": len(faults)}
@@ -215,10 +214,17 @@ def _soak(contender: Contender, seconds: float) -> Run:
     return run
 
 
+def exchanges(log: Path) -> list[dict[str, Any]]:
+    """The canonical lines of a log of the proxy."""
+    lines = (json.loads(line) for line in log.read_bytes().splitlines())
+    return [line for line in lines if line["event"] == "exchange.done"]
+
+
 PROBE = "tasks.json"
 
 
-def _probing(folder: Path) -> dict[str, str]:
+def probing(folder: Path) -> dict[str, str]:
+    """The environment that lets the proxy tell how many tasks it has."""
     path = Path(__file__).parent / "probe"
     return {"PYTHONPATH": str(path), "BENCH_PROBE": str(folder / PROBE)}
 
@@ -251,7 +257,14 @@ ALL: dict[str, Mode] = {
             EVERYBODY,
             _documents(32),
         ),
-        Mode("lat", "1 connection, the same requests", EVERYBODY, _documents(1)),
+        Mode(
+            "lat",
+            "1 connection, the same requests",
+            EVERYBODY,
+            _documents(1),
+            seconds=3,
+            added=True,
+        ),
         Mode(
             "paced",
             "300 streams (LiteLLM: 5, more it cannot serve), a token every 20 ms on each",
@@ -261,14 +274,14 @@ ALL: dict[str, Mode] = {
         Mode(
             "open",
             "2000 streams, a token every 250 ms on each",
-            (BEACON, ENVOY, VLLM, NGINX, DIRECT),
+            (BEACON, ENVOY, VLLM, NGINX),
             _open,
             {LITELLM: _TOO_MANY, VLLM_RR: "as vllm-router: the policy is of no weight here"},
         ),
         Mode(
             "open-8000",
             "8000 streams in one process, a token every second on each",
-            (BEACON, ENVOY, VLLM, NGINX),
+            (BEACON, ENVOY, VLLM),
             _open_8000,
             {LITELLM: _TOO_MANY},
             repeats=1,

@@ -39,7 +39,7 @@ def main() -> None:
     axes.set_xscale("log")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.12 * max(point[3] for points in series.values() for point in points))
     axes.set_xlabel("open streams (log scale), always the same tokens a second in all")
     axes.set_ylabel("CPU of the process tree, µs per token")
     axes.set_title("CPU per token over the number of streams")

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import modes
 from .contenders import ALL, ROOT
-from .modes import BEACON, DIRECT, ENVOY, LITELLM, NGINX, VLLM
+from .modes import BEACON, DIRECT, ENVOY, LITELLM, NGINX, VLLM, VLLM_RR
 from .results import Results, Stat, Verdict, errors, judge, stats
 from .targets import TARGETS
 
@@ -59,7 +59,7 @@ SHORT = (
     ("open", "rss_mb", "RSS with 2000 open streams"),
     ("start", "first_answer_s", "first answer after the start"),
 )
-COLUMNS = (BEACON, ENVOY, VLLM, LITELLM, NGINX)
+COLUMNS = (BEACON, ENVOY, VLLM, VLLM_RR, LITELLM, NGINX)
 TIMES = "\N{MULTIPLICATION SIGN}"
 UNITS = {"us": "µs", "mb": "MB", "s": "s"}
 
@@ -160,7 +160,7 @@ def _short(results: Results) -> Iterator[str]:
     missed = [verdict for verdict in verdicts if not verdict.met]
     yield ""
     yield f"{len(verdicts) - len(missed)} of {len(verdicts)} targets are met" + (
-        "; missed: " + ", ".join(_missed(verdict) for verdict in missed) + "." if missed else "."
+        "; missed: " + "; ".join(_missed(verdict) for verdict in missed) + "." if missed else "."
     )
 
 

@@ -1,6 +1,6 @@
 """What the runs gave: kept in results.json, and the medians, noise and ratios that follow from it.
 
-    {"modes": {NAME: {"date", "machine", "versions", "seconds",
+    {"modes": {NAME: {"date", "machine", "versions", "seconds", "added", "left_out",
                       "runs": {CONTENDER: [{"figures": {…}, "errors": {…}}, …]}}}}
 
 Every run is kept. A mode that is run again replaces its former self as a whole, so that what is
@@ -73,15 +73,15 @@ def merge(old: Results, new: Results) -> Results:
 def stats(mode: Mapping[str, Any]) -> dict[str, dict[str, Stat]]:
     """Contender -> figure -> its median and noise.
 
-    Beside what was measured: `added_p50_us`, what a contender adds to the time of the requests that
-    went `direct` in the same round, and `errors`, of all runs.
+    Beside what was measured: `errors`, of all runs, and where the mode is about what is `added`,
+    `added_p50_us`: the time of a request less that of those that went direct in the same round.
     """
     runs: Mapping[str, list[dict[str, Any]]] = mode["runs"]
     found = {}
     for contender, ours in runs.items():
         figures = dict.fromkeys(name for run in ours for name in run["figures"])
         rows = {name: Stat.of([*_values(ours, name)]) for name in figures}
-        if added := _added(ours, runs.get(DIRECT, [])):
+        if mode["added"] and (added := _added(ours, runs.get(DIRECT, []))):
             rows["added_p50_us"] = Stat.of(added)
         rows["errors"] = Stat(sum(errors(ours).values()), 0.0)
         found[contender] = rows

@@ -31,7 +31,6 @@ from .framing import END_OF_HEAD, Broken, Chunks, length_of
 from .processes import Tree
 
 PREFIX = "soak-"  # of the ids of our requests
-IDLE = 6.0  # s that nobody asks, before and after: idle connections to backends close after 4
 HOUR = 3600.0
 
 
@@ -53,6 +52,9 @@ class Spec:
     documents: float = 0.1  # share of the requests that ask for a document
     pause: float = 0.5  # s at most between two requests of a client
     staying: float = 0.7  # share of the answers after which a client keeps its connection
+    rest: float = (
+        8.0  # s that nobody asks, before and after: connections to backends idle 4 at most
+    )
 
 
 @dataclass
@@ -202,11 +204,11 @@ class Soak:
         }
 
     async def _at_rest(self) -> dict[str, float]:
-        """The least that the tree holds within `IDLE` s and a little, when nobody asks."""
+        """The least that the tree holds while nobody asks."""
         seen = []
-        until = time.monotonic() + IDLE + 2
+        until = time.monotonic() + self._spec.rest
         while time.monotonic() < until:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(min(0.5, self._spec.rest / 4))
             seen.append((self._tree.descriptors(), self._tree.threads(), self._tree.rss()))
         descriptors, threads, rss = (min(each) for each in zip(*seen, strict=True))
         found: dict[str, float] = {"descriptors": descriptors, "threads": threads, "rss": rss}
@@ -229,7 +231,7 @@ class Soak:
         spec, rng = self._spec, self._rng
         line: Line | None = None
         host = f"127.0.0.1:{spec.port}"
-        await asyncio.sleep(rng.uniform(0, 5))
+        await asyncio.sleep(rng.uniform(0, min(5.0, spec.seconds / 4)))
         while not self._stopping.is_set():
             if line is None or not line.open:
                 line = await self._connect()
