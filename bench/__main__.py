@@ -21,8 +21,9 @@ from typing import Any
 
 from . import contenders, modes, peers, report, results
 from .bed import CORES
-from .modes import SCALE, Mode, Run
+from .modes import Mode
 from .processes import Failed, raise_descriptor_limit
+from .runs import SCALE, Run
 
 
 def main(argv: list[str] | None = None) -> int:

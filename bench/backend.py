@@ -24,9 +24,9 @@ from typing import Any, cast
 
 import uvloop
 
-from . import transfer, work
+from . import bodies, work
+from .bodies import Sink, Source
 from .framing import END_OF_HEAD, Chunks, length_of
-from .transfer import Sink, Source
 
 LARGE = 1 << 20  # bytes of a body that is not kept
 SLOT = 0.001  # s; the timers of the loop know no less
@@ -198,7 +198,7 @@ class Conversation(asyncio.Protocol):
         elif head.startswith(b"get /v1/files/"):
             size = int(head.split(b"/")[3])
             self._transport.write(work.head("application/octet-stream", size))
-            self._source = Source(self._transport, transfer.blocks(size))
+            self._source = Source(self._transport, bodies.blocks(size))
         else:
             self._transport.write(house.answer(head, body))
 

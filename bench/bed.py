@@ -17,8 +17,8 @@ from typing import Any
 
 from . import work
 from .contenders import HOST, ROOT, Contender, free_port
-from .framing import Broken
-from .load import Spec, read
+from .counts import Spec
+from .framing import Broken, read
 from .processes import Failed, running, stop, tail
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -49,7 +49,7 @@ class Bed:
     process: subprocess.Popen[bytes] | None = None
 
     def load(self, **spec: Any) -> dict[str, Any]:
-        """Run a load (see `load.Spec`) and return what it found.
+        """Run a load (see `counts.Spec`) and return what it found.
 
         Raises:
             Failed: it did not end as it should.

@@ -101,3 +101,24 @@ def _less_line_end(piece: bytes, left: int) -> bytes:
     if not b"\r\n"[:end].endswith(piece[at:]):
         raise Broken("a chunk that does not end where it should")
     return piece[:at]
+
+
+def read(data: bytes) -> tuple[bytes, bytes] | None:
+    """Head, in lower case, and body of an answer; None: it is not whole.
+
+    Raises:
+        Broken: it never will be, or more than it came.
+    """
+    end = data.find(END_OF_HEAD)
+    if end < 0:
+        return None
+    head = data[:end].lower()
+    length = length_of(head)
+    if length is None:
+        chunks = Chunks()
+        body = chunks.feed(data[end + 4 :])
+        return (head, body) if chunks.done else None
+    missing = end + 4 + length - len(data)
+    if missing < 0:
+        raise Broken("more bytes than the answer has")
+    return None if missing else (head, data[end + 4 :])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .modes import BEACON, DOWNLOADS, ENVOY, LITELLM, SCALE, UPLOADS, VLLM, VLLM_RR
+from .modes import BEACON, ENVOY, LITELLM, VLLM, VLLM_RR
+from .runs import DOWNLOADS, SCALE, UPLOADS
 
 
 @dataclass(frozen=True)

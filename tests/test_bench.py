@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 
-from bench import contenders, modes, peers, report, results, soak, targets, transfer, work
+from bench import bodies, contenders, modes, peers, report, results, runs, soak, targets, work
 from bench import load as loads
+from bench.account import Sent, account, in_flight, read_record
 from bench.bed import LOAD_CORE, Bed, bed
+from bench.counts import Spec
 from bench.framing import Broken, Chunks
 from bench.processes import Failed, Tree, running, stop
 from bench.targets import Target
@@ -226,7 +228,7 @@ def test_requests_are_never_alike_and_answers_carry_their_numbers() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 65536, 200_000])
 def test_bodies_have_the_size_they_say(size: int) -> None:
-    for body in transfer.BODIES.values():
+    for body in bodies.BODIES.values():
         length, pieces = body(size)
         whole = b"".join(pieces)
         assert len(whole) == length
@@ -273,13 +275,13 @@ def test_transfers_through_the_proxy_are_whole(under: Bed, kind: str, body: str)
 
 def test_soak_through_the_proxy_then_every_exchange_is_accounted_for() -> None:
     backend = {"interval": 0.005, "tokens": 40, "seed": 1, "deaths": 0.5, "downtime": 0.2}
-    with bed(contenders.ALL["beacon-proxy"], backend, modes.probing) as under:
+    with bed(contenders.ALL["beacon-proxy"], backend, runs.probing) as under:
         record = under.folder / "sent.json"
         spec = soak.Spec(
             under.port,
             under.root,
             str(record),
-            probe=str(under.folder / modes.PROBE),
+            probe=str(under.folder / runs.PROBE),
             clients=8,
             seconds=2,
             patience=0.2,
@@ -289,14 +291,14 @@ def test_soak_through_the_proxy_then_every_exchange_is_accounted_for() -> None:
         found = under.run("bench.soak", asdict(spec), 20)
         log = under.log()
         assert log is not None
-        lines = modes.exchanges(log)
-        sent = soak.read_record(record)
-    totals, faults = soak.account(sent, lines, found["metrics"])
+        lines = runs.exchanges(log)
+        sent = read_record(record)
+    totals, faults = account(sent, lines, found["metrics"])
     assert faults == []
     assert found["errors"] == {}
     assert totals["complete"] > 0
     assert totals["left"] > 0
-    assert soak.in_flight(found["metrics"]) == 0
+    assert in_flight(found["metrics"]) == 0
     assert found["after"]["tasks"] >= 1
 
 
@@ -321,7 +323,7 @@ def answering(make: Callable[[int], bytes], *, then_close: bool = False) -> RawB
 
 
 async def loaded(port: int, kind: str) -> dict[str, Any]:
-    spec = loads.Spec(kind, port, connections=2, warm=0.05, seconds=0.05, limit=5.0)
+    spec = Spec(kind, port, connections=2, warm=0.05, seconds=0.05, limit=5.0)
     return await loads.run(spec)
 
 
@@ -414,20 +416,20 @@ beacon_in_flight{backend="b"} 1.0
 """
 
 
-def all_sent() -> list[soak.Sent]:
+def all_sent() -> list[Sent]:
     return [
-        soak.Sent("soak-1", "complete", 200, True),
-        soak.Sent("soak-2", "left", 200, True),
-        soak.Sent("soak-3", "answered", 502, True),
-        soak.Sent("soak-4", "left", 0, False),  # before the proxy could read it
+        Sent("soak-1", "complete", 200, True),
+        Sent("soak-2", "left", 200, True),
+        Sent("soak-3", "answered", 502, True),
+        Sent("soak-4", "left", 0, False),  # before the proxy could read it
     ]
 
 
 def test_account_when_clients_log_and_metrics_agree_finds_no_fault() -> None:
-    totals, faults = soak.account(all_sent(), [COMPLETE, LEFT, FAILED], METRICS)
+    totals, faults = account(all_sent(), [COMPLETE, LEFT, FAILED], METRICS)
     assert faults == []
     assert totals == {"complete": 1, "left": 2, "answered": 1}
-    assert soak.in_flight(METRICS) == 3
+    assert in_flight(METRICS) == 3
 
 
 @pytest.mark.parametrize(
@@ -449,7 +451,7 @@ def test_account_when_something_does_not_add_up_names_it(
 ) -> None:
     sent = all_sent()
     sent[0] = replace(sent[0], **change)
-    _, faults = soak.account(sent, lines, METRICS)
+    _, faults = account(sent, lines, METRICS)
     assert fault in faults
 
 
@@ -466,7 +468,7 @@ def test_account_when_the_metrics_differ_from_the_log_names_them(
     old: str, new: str, fault: str
 ) -> None:
     assert old in METRICS
-    _, faults = soak.account(all_sent(), [COMPLETE, LEFT, FAILED], METRICS.replace(old, new))
+    _, faults = account(all_sent(), [COMPLETE, LEFT, FAILED], METRICS.replace(old, new))
     assert faults == [fault]
 
 
