@@ -28,7 +28,7 @@ from ..errors import BadRequest, HeadTooLarge, ProxyError
 from ..wire.again import Again
 from ..wire.answer import Flow
 from ..wire.connection import Connection
-from ..wire.headers import RequestHead
+from ..wire.headers import RequestHead, passes
 from ..wire.upload import ClientGone, Upload
 from ..wire.wheel import GRAIN, Wheel
 
@@ -73,10 +73,10 @@ class Request:
         self.upload = upload
         self.head: RequestHead | None = None
 
-    def again(self, digits: bytes, upload: Upload) -> Request:
-        """The same request with another body."""
+    def again(self, again: Again[Request], upload: Upload) -> Request:
+        """The same request with another body, and what else `again` saw to differ."""
         assert self.head is not None
-        head = self.head.again(digits)
+        head = self.head.again(again.places, again.values, again.digits)
         other = Request(
             self.method, self.target, head.headers, self.http11, self.keep_alive, upload
         )
@@ -278,15 +278,19 @@ class ClientConnection(asyncio.Protocol):
         if again.digits:
             upload.feed(data[again.body_at :])
         upload.end()
-        self._queue.append(known.again(again.digits, upload))
+        self._queue.append(known.again(again, upload))
         self._next()
 
     def _learn(self, request: Request) -> None:
         """Remember the head of a request that was answered: the next may have the same."""
         if self._again is None:
-            self._again = Again()  # only now: most clients that come once never come again
-        elif request.head is not None and request.head.plain and request.target[:1] == b"/":
-            self._again.learn(request)
+            self._again = Again(passes)  # only now: most clients that come once never come again
+            return
+        head = request.head
+        if head is None or not head.plain or request.target[:1] != b"/":
+            return
+        if self._again.learn(request):
+            head.mould(self._again.places)
 
     def _check_framing(self) -> None:
         """Refuse an endless head, and a body that is nearly all framing (chunk extensions, say)."""

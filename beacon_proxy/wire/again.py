@@ -1,14 +1,16 @@
 """A head that was read once, and comes again, is not read again.
 
 Who keeps a connection open says nearly the same head each time: of what SDKs and inference servers
-send, Content-Length alone differs from message to message. To parse, sort and check a dozen fields
-anew is a sixth of what a small exchange costs.
+send, Content-Length differs from message to message, and at most an id or a trace beside it. To
+parse, sort and check a dozen fields anew is a sixth of what a small exchange costs.
 
 Theory. Let a message be *plain* if it is all in one read: a head, and a body of exactly as many
 bytes as its Content-Length says (or none, where there is no such field). Let its *mould* be the
-bytes of its head without the digits of that number. A mould that the strict parser and our own
-reading have accepted once on this connection is accepted again with any other digits: nothing in
-the reading of the other bytes depends on them, and the framing they announce is checked here.
+bytes of its head without the digits of that number, and without the values of some fields from
+which nobody here learns anything. A mould that the strict parser and our own reading have accepted
+once on this connection is accepted again with any other digits, and with any other values of
+visible ASCII with spaces inside: nothing in the reading of the other bytes depends on them, no
+parser takes such a value for anything else, and the framing they announce is checked here.
 So for a plain message whose mould is known, what was read from the first is true of this one.
 
 Rule 1: bytes are compared, never their meaning. One bit of difference goes to the parser.
@@ -16,15 +18,19 @@ Rule 2: a mould is remembered by the connection it came on, and is forgotten wit
 client sends (its key, say) can never be of use to another.
 Rule 3: only what was read without an exception is remembered; chunks, upgrades and whatever else
 changes a connection's state never are.
-Rule 4: who never repeats a head (an id in each, say) is soon not asked any more.
+Rule 4: who never repeats a head is soon not asked any more.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 _LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,9})\r\n")
+_VALUE = re.compile(rb"[!-~](?:[ -~]*[!-~])?")
+_BREAK = re.compile(rb"[\r\n]")
+_HEAD_MOST = 8 << 10  # bytes; well below every limit of a head
 _MISSES = 8  # in a row, until no more is tried
 
 T = TypeVar("T")
@@ -34,17 +40,39 @@ class Again(Generic[T]):
     """What a connection remembers of the last plain message that came over it.
 
     Attributes:
+        places: which fields are no part of the mould; the first field is 0.
+        values: of these fields, in the message last looked at.
         digits: the Content-Length of the message last looked at; b"": it has none.
         body_at: where its body begins.
     """
 
-    __slots__ = ("_known", "_mould", "_new", "_tries", "body_at", "digits")
+    __slots__ = (
+        "_first",
+        "_known",
+        "_length",
+        "_lines",
+        "_new",
+        "_rest",
+        "_tries",
+        "_vary",
+        "body_at",
+        "digits",
+        "places",
+        "values",
+    )
 
-    def __init__(self) -> None:
-        self._mould: bytes | None = None
+    def __init__(self, vary: Callable[[bytes], bool] | None = None) -> None:
+        """`vary`: whether the value of a field of this name changes nothing else; None: of none."""
+        self._vary = vary
+        self._lines: list[bytes] = []  # of the head that is known
+        self._first = b""  # of the mould, up to the first value
+        self._rest: tuple[bytes, ...] = ()  # of it, after each value
+        self._length = -1  # index of Content-Length in `places`; -1: there is none
         self._known: T | None = None
-        self._new: bytes | None = None  # mould of the message last looked at
+        self._new: bytes | None = None  # head of the message last looked at
         self._tries = _MISSES
+        self.places: tuple[int, ...] = ()
+        self.values: list[bytes] = []
         self.digits = b""
         self.body_at = 0
 
@@ -53,29 +81,81 @@ class Again(Generic[T]):
         self._new = None
         if not self._tries:
             return None
-        end = data.find(b"\r\n\r\n")
-        if end < 0:
-            return None
-        self.body_at = end = end + 4
-        found = _LENGTH.search(data, 0, end)
-        if found is None:
-            if len(data) != end:
-                return None
-            self.digits, mould = b"", data
-        else:
-            self.digits = digits = found[1]
-            if len(data) - end != int(digits):
-                return None
-            start, stop = found.span(1)
-            mould = data[:start] + data[stop:end]
-        if mould == self._mould:
+        if self._known is not None and data.startswith(self._first) and self._fits(data):
             self._tries = _MISSES
             return self._known
-        self._new = mould
+        end = data.find(b"\r\n\r\n")
+        if 0 <= end <= _HEAD_MOST:
+            found = _LENGTH.search(data, 0, end + 2)
+            if len(data) - end - 4 == (0 if found is None else int(found[1])):
+                self._new = data[:end]
         return None
 
-    def learn(self, known: T) -> None:
+    def _fits(self, data: bytes) -> bool:
+        at, match, values = len(self._first), _VALUE.match, []
+        for after in self._rest:
+            found = match(data, at)
+            if found is None:
+                return False
+            end = found.end()
+            if not data.startswith(after, end):
+                return False
+            values.append(data[at:end])
+            at = end + len(after)
+        if at > _HEAD_MOST:
+            return False
+        digits = values[self._length] if self._length >= 0 else b""
+        if digits and not (digits.isdigit() and len(digits) < 10):
+            return False
+        self.values, self.digits, self.body_at = values, digits, at
+        return len(data) - at == (int(digits) if digits else 0)
+
+    def learn(self, known: T) -> bool:
         """Remember what was read from the message last looked at, if it is plain."""
-        if self._new is not None:
-            self._mould, self._known, self._new = self._new, known, None
-            self._tries -= 1
+        new, self._new = self._new, None
+        if new is None:
+            return False
+        self._tries -= 1
+        lines = new.split(b"\r\n")
+        odd = any(line[:1] in (b"", b" ", b"\t") or _BREAK.search(line) for line in lines)
+        if odd:
+            return False  # not one line a field
+        places = self._differing(lines)
+        found = _LENGTH.search(new + b"\r\n")
+        length = -1 if found is None else new.count(b"\r\n", 0, found.start())
+        if found is not None:
+            places.add(length)
+        self._lines, self._known = lines, known
+        self.places = tuple(sorted(places))
+        self._length = -1 if found is None else self.places.index(length)
+        self._cast()
+        return True
+
+    def _differing(self, lines: list[bytes]) -> set[int]:
+        """The fields whose value may, and does, differ from that of the head that is known."""
+        old, vary = self._lines, self._vary
+        if vary is None or len(old) != len(lines):
+            return set()
+        places = set(self.places)
+        places.discard(self.places[self._length] if self._length >= 0 else -1)
+        for at, (line, was) in enumerate(zip(lines, old, strict=True)):
+            if line != was:
+                name = line.partition(b":")[0] + b": "
+                if not (at and line.startswith(name) and was.startswith(name)):
+                    return set()
+                if vary(name[:-2]):
+                    places.add(at - 1)
+        return places
+
+    def _cast(self) -> None:
+        """Take the mould from the lines."""
+        pieces: list[bytes] = []
+        piece = self._lines[0]
+        for at, line in enumerate(self._lines[1:]):
+            if at in self.places:
+                pieces.append(piece + b"\r\n" + line.partition(b":")[0] + b": ")
+                piece = b""
+            else:
+                piece += b"\r\n" + line
+        pieces.append(piece + b"\r\n\r\n")
+        self._first, self._rest = pieces[0], tuple(pieces[1:])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 
 from ..contracts import Headers
 from ..errors import BadRequest
@@ -93,8 +93,6 @@ class RequestHead:
     """
 
     __slots__ = (
-        "_field_at",
-        "_length_at",
         "chunked",
         "content_type",
         "headers",
@@ -116,25 +114,47 @@ class RequestHead:
         self.content_type: bytes | None = None
         self.chunked = self.te_trailers = self.plain = False
         self.upgrade: bytes | None = None
-        self._length_at = 0  # in `parts`
-        self._field_at = -1  # in `headers`; -1: not looked for yet
 
-    def again(self, digits: bytes) -> RequestHead:
-        """The same head with another Content-Length."""
-        other = RequestHead(self.headers)
-        other.parts = self.parts
-        if digits:
-            headers, at = self.headers, self._field_at
-            if at < 0:
-                at = self._field_at = _length_field(headers)
-            other.headers = (*headers[:at], (headers[at][0], digits), *headers[at + 1 :])
-            other.parts = self.parts.copy()
-            other.parts[self._length_at] = digits
-            other.length = int(digits)
+    def mould(self, places: Sequence[int]) -> None:
+        """Join the parts, but for the values of the fields at `places`: they pass, and will vary.
+
+        Only of a head that is `plain`: none of its fields was dropped.
+        """
+        pieces: list[bytes] = []
+        piece = b""
+        for at, (name, value) in enumerate(self.headers):
+            if (_known.get(name) or _kind_of(name)) <= _ACCEL:
+                piece += name + b": "
+                if at in places:
+                    pieces += (piece, value)
+                    piece = b""
+                else:
+                    piece += value
+                piece += b"\r\n"
+        self.parts = [*pieces, piece]
+
+    def again(self, places: Sequence[int], values: Sequence[bytes], digits: bytes) -> RequestHead:
+        """The same head with other values at the places that `mould` was told of.
+
+        Args:
+            digits: of Content-Length.
+        """
+        headers, parts = list(self.headers), self.parts.copy()
+        for index, at in enumerate(places):
+            parts[2 * index + 1] = value = values[index]
+            headers[at] = (headers[at][0], value)
+        other = RequestHead(tuple(headers))
+        other.parts = parts
+        other.length = int(digits) if digits else None
         other.rebuilt, other.hints = self.rebuilt, self.hints
         other.content_type = self.content_type
         other.plain = True
         return other
+
+
+def passes(name: bytes) -> bool:
+    """Whether a field passes, and nothing here is learnt from its value."""
+    return (_known.get(name) or _kind_of(name)) == _PLAIN
 
 
 def read_request_head(headers: Headers, http11: bool) -> RequestHead:
@@ -153,7 +173,6 @@ def read_request_head(headers: Headers, http11: bool) -> RequestHead:
         if kind <= _ACCEL:
             if kind == _LENGTH:
                 head.length = _read_length(head.length, value)
-                head._length_at = len(parts) + 2
             elif kind == _TYPE and head.content_type is None:
                 head.content_type = value
             parts += (name, b": ", value, b"\r\n")
