@@ -12,6 +12,7 @@ from ..errors import BadRequest
 from ..regions import canonical_region
 from ..wire.dialects import INFERENCE_ROUTES, Route
 from ..wire.headers import RequestHead
+from ..wire.upload import Upload
 
 LOOK_CAP = 256 << 10  # bytes; a larger body is searched at its beginning, not parsed
 
@@ -95,13 +96,14 @@ def _number(value: bytes, name: str) -> float:
     return number
 
 
-def look(exchange: Exchange, route: Route | None, body: bytes | None, start: bytes) -> None:
+def look(exchange: Exchange, route: Route | None, upload: Upload) -> None:
     """Read `model` and `stream` from a JSON body; anything else in it is the backend's business.
 
-    `body` is None where it is too large to be kept; `start` is what there is of it.
+    Of a body that is too large to be kept, what there is.
     """
     streams = route is not None and route.streams
     exchange.stream = streams
+    body = exchange.body
     if body is not None and len(body) <= LOOK_CAP:
         try:
             document = orjson.loads(body)
@@ -113,6 +115,7 @@ def look(exchange: Exchange, route: Route | None, body: bytes | None, start: byt
             stream = document.get("stream")
             exchange.stream = streams if stream is None else stream is True
         return
+    start = upload.start
     found = _MODEL.search(start, 0, LOOK_CAP)
     if found is not None:
         try:

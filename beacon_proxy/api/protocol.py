@@ -51,10 +51,11 @@ class Request:
         headers: values without the space around them.
         keep_alive: what the client asked for, or its version implies.
         upload: its body.
+        path: the target's, read by who answers it.
         head: its fields read, by who answers it.
     """
 
-    __slots__ = ("head", "headers", "http11", "keep_alive", "method", "target", "upload")
+    __slots__ = ("head", "headers", "http11", "keep_alive", "method", "path", "target", "upload")
 
     def __init__(
         self,
@@ -64,6 +65,8 @@ class Request:
         http11: bool,
         keep_alive: bool,
         upload: Upload,
+        path: str | None = None,
+        head: RequestHead | None = None,
     ) -> None:
         self.method = method
         self.target = target
@@ -71,17 +74,23 @@ class Request:
         self.http11 = http11
         self.keep_alive = keep_alive
         self.upload = upload
-        self.head: RequestHead | None = None
+        self.path = path
+        self.head = head
 
     def again(self, again: Again[Request], upload: Upload) -> Request:
         """The same request with another body, and what else `again` saw to differ."""
         assert self.head is not None
         head = self.head.again(again.places, again.values, again.digits)
-        other = Request(
-            self.method, self.target, head.headers, self.http11, self.keep_alive, upload
+        return Request(
+            self.method,
+            self.target,
+            head.headers,
+            self.http11,
+            self.keep_alive,
+            upload,
+            self.path,
+            head,
         )
-        other.head = head
-        return other
 
 
 class Handler(Protocol):
@@ -278,8 +287,7 @@ class ClientConnection(asyncio.Protocol):
         if again.digits:
             upload.feed(data[again.body_at :])
         upload.end()
-        self._queue.append(known.again(again, upload))
-        self._next()
+        self._begin(known.again(again, upload))
 
     def _learn(self, request: Request) -> None:
         """Remember the head of a request that was answered: the next may have the same."""
@@ -358,14 +366,18 @@ class ClientConnection(asyncio.Protocol):
     def _next(self) -> None:
         """Begin to answer the next request, if there is one."""
         if self._queue:
-            request = self._request = self._queue.popleft()
+            request = self._queue.popleft()
             if self._paused and not self._queue and self._behind is None:
                 self._resume(_AHEAD)
-            coroutine = self._server.handler.begin(self, request)
-            if coroutine is not None:
-                self._task = self._server.loop.create_task(coroutine)
+            self._begin(request)
         elif self._broken is not None:
             self._refuse(self._broken)
+
+    def _begin(self, request: Request) -> None:
+        self._request = request
+        coroutine = self._server.handler.begin(self, request)
+        if coroutine is not None:
+            self._task = self._server.loop.create_task(coroutine)
 
     def served(self, keep_alive: bool) -> None:
         """The request has been answered; go on to the next, if the connection is kept."""
@@ -398,10 +410,14 @@ class ClientConnection(asyncio.Protocol):
             self._close()
             return
         self._limit_to(self._server.head_timeout)
-        if request is not None:
+        if request is not None and (self._again is None or self._again.new is not None):
             self._learn(request)
-        if self._queue or self._behind is None:
+        if self._queue:
             self._next()
+            return
+        if self._behind is None:
+            if self._broken is not None:
+                self._refuse(self._broken)
             return
         behind, self._behind = self._behind, None
         self._resume(_AHEAD)

@@ -109,6 +109,7 @@ class Api:
         self._translated = translated
         self._limits = limits
         self._cors = cors
+        self._crosses = bool(cors)
         self._state = state
         self._clock = clock
         self._own_routes = OwnRoutes(self._answer_own, loop)
@@ -117,7 +118,9 @@ class Api:
         self, connection: ClientConnection, request: Request
     ) -> Coroutine[Any, Any, None] | None:
         """See `protocol.Handler`."""
-        path = path_of(request.target)
+        path = request.path
+        if path is None:
+            path = request.path = path_of(request.target)
         if path in self._own:
             self._own_routes.begin(connection, request)
             return None
@@ -225,19 +228,22 @@ class Api:
 
     def _read_head(self, exchange: Exchange, sink: ClientSink, request: Request) -> RequestHead:
         headers, head, fault = request.headers, request.head, None
-        if head is None:
+        new = head is None
+        if new:
             try:
-                head = request.head = read_request_head(headers, request.http11)
+                head = read_request_head(headers, request.http11)
             except ProxyError as exc:
                 fault = exc
         # First of all the id, so that a refusal carries it too.
         exchange.id = request_id(head.rebuilt.get(b"x-request-id") if head is not None else None)
         sink.extra = b"X-Request-Id: %b\r\n" % exchange.id.encode("ascii")
-        if self._cors:
+        if self._crosses:
             sink.own_fields(self._cors.fields(_origin(headers)))
         if head is None:
             raise fault or BadRequest("malformed HTTP request")
-        exchange.target = read_target(exchange.method, request.target, head)
+        if new:
+            exchange.target = read_target(exchange.method, request.target, head)
+            request.head = head
         if head.hints:
             read_hints(exchange, head)
         return head
@@ -281,7 +287,7 @@ class Api:
             json = json or upload.start.lstrip()[:1] == b"{"  # curl -d says it is a form
         exchange.body = upload.body if upload.framed else None
         if json:
-            look(exchange, route, exchange.body, upload.start)
+            look(exchange, route, upload)
         await self._pipeline.run(exchange, Verbatim(exchange, head, upload, route), client, run)
 
     def _refuse(self, exchange: Exchange, sink: ClientSink, exc: ProxyError) -> None:

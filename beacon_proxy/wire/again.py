@@ -40,6 +40,7 @@ class Again(Generic[T]):
     """What a connection remembers of the last plain message that came over it.
 
     Attributes:
+        new: the head of the message last looked at, where that is plain and not known.
         places: which fields are no part of the mould; the first field is 0.
         values: of these fields, in the message last looked at.
         digits: the Content-Length of the message last looked at; b"": it has none.
@@ -51,12 +52,12 @@ class Again(Generic[T]):
         "_known",
         "_length",
         "_lines",
-        "_new",
         "_rest",
         "_tries",
         "_vary",
         "body_at",
         "digits",
+        "new",
         "places",
         "values",
     )
@@ -69,8 +70,8 @@ class Again(Generic[T]):
         self._rest: tuple[bytes, ...] = ()  # of it, after each value
         self._length = -1  # index of Content-Length in `places`; -1: there is none
         self._known: T | None = None
-        self._new: bytes | None = None  # head of the message last looked at
         self._tries = _MISSES
+        self.new: bytes | None = None
         self.places: tuple[int, ...] = ()
         self.values: list[bytes] = []
         self.digits = b""
@@ -78,7 +79,7 @@ class Again(Generic[T]):
 
     def look(self, data: bytes) -> T | None:
         """What is known of the head that `data` begins with, if that is a plain message."""
-        self._new = None
+        self.new = None
         if not self._tries:
             return None
         if self._known is not None and data.startswith(self._first) and self._fits(data):
@@ -88,7 +89,7 @@ class Again(Generic[T]):
         if 0 <= end <= _HEAD_MOST:
             found = _LENGTH.search(data, 0, end + 2)
             if len(data) - end - 4 == (0 if found is None else int(found[1])):
-                self._new = data[:end]
+                self.new = data[:end]
         return None
 
     def _fits(self, data: bytes) -> bool:
@@ -112,7 +113,7 @@ class Again(Generic[T]):
 
     def learn(self, known: T) -> bool:
         """Remember what was read from the message last looked at, if it is plain."""
-        new, self._new = self._new, None
+        new, self.new = self.new, None
         if new is None:
             return False
         self._tries -= 1

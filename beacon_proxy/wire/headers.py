@@ -105,11 +105,17 @@ class RequestHead:
         "upgrade",
     )
 
-    def __init__(self, headers: Headers) -> None:
+    def __init__(
+        self,
+        headers: Headers,
+        parts: list[bytes],
+        rebuilt: dict[bytes, bytes],
+        hints: dict[bytes, bytes],
+    ) -> None:
         self.headers = headers
-        self.parts: list[bytes] = []
-        self.rebuilt: dict[bytes, bytes] = {}
-        self.hints: dict[bytes, bytes] = {}
+        self.parts = parts
+        self.rebuilt = rebuilt
+        self.hints = hints
         self.length: int | None = None
         self.content_type: bytes | None = None
         self.chunked = self.te_trailers = self.plain = False
@@ -143,10 +149,8 @@ class RequestHead:
         for index, at in enumerate(places):
             parts[2 * index + 1] = value = values[index]
             headers[at] = (headers[at][0], value)
-        other = RequestHead(tuple(headers))
-        other.parts = parts
+        other = RequestHead(tuple(headers), parts, self.rebuilt, self.hints)
         other.length = int(digits) if digits else None
-        other.rebuilt, other.hints = self.rebuilt, self.hints
         other.content_type = self.content_type
         other.plain = True
         return other
@@ -163,8 +167,8 @@ def read_request_head(headers: Headers, http11: bool) -> RequestHead:
     Raises:
         BadRequest: framing or Host that two parsers could read in two ways.
     """
-    head = RequestHead(headers)
-    parts, known = head.parts, _known
+    parts: list[bytes] = []
+    head, known = RequestHead(headers, parts, {}, {}), _known
     connection = b""
     for name, value in headers:
         kind = known.get(name)
