@@ -283,10 +283,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _repeat(self, known: Request, again: Again[Request], data: bytes) -> None:
         """Take a whole request whose head has been read before."""
-        upload = Upload(self)
-        if again.digits:
-            upload.feed(data[again.body_at :])
-        upload.end()
+        upload = Upload(self, data[again.body_at :])
         self._begin(known.again(again, upload))
 
     def _learn(self, request: Request) -> None:

@@ -87,6 +87,7 @@ class RequestHead:
         parts: of the lines that pass to any backend, to be joined.
         rebuilt: name to value of what is answered here or made anew; repeats joined.
         hints: x-beacon-* without the prefix.
+        forwarded: what `forwarded_lines` made of it, kept by who called it.
         length: Content-Length.
         upgrade: `websocket`, where the client asked for it.
         plain: it says nothing that changes the state of its connection, or of itself.
@@ -95,6 +96,7 @@ class RequestHead:
     __slots__ = (
         "chunked",
         "content_type",
+        "forwarded",
         "headers",
         "hints",
         "length",
@@ -116,6 +118,7 @@ class RequestHead:
         self.parts = parts
         self.rebuilt = rebuilt
         self.hints = hints
+        self.forwarded: bytes | None = None
         self.length: int | None = None
         self.content_type: bytes | None = None
         self.chunked = self.te_trailers = self.plain = False
@@ -151,7 +154,7 @@ class RequestHead:
             headers[at] = (headers[at][0], value)
         other = RequestHead(tuple(headers), parts, self.rebuilt, self.hints)
         other.length = int(digits) if digits else None
-        other.content_type = self.content_type
+        other.content_type, other.forwarded = self.content_type, self.forwarded
         other.plain = True
         return other
 
@@ -270,7 +273,6 @@ def _passing(headers: Headers, dropped: Container[bytes]) -> list[bytes]:
 
 def request_bytes(
     head: RequestHead,
-    *,
     method: str,
     target: bytes,
     host: bytes,
@@ -282,7 +284,7 @@ def request_bytes(
     Args:
         added: replace the client's fields of the same names (credentials, configured headers); an
             empty value only takes the client's away.
-        forwarded: the lines that `forwarded_lines` made, the same for every attempt.
+        forwarded: the last lines, the same for every attempt, and the blank line behind them.
     """
     lines = head.parts
     if added:
@@ -317,18 +319,13 @@ def field_lines(fields: Iterable[tuple[bytes, bytes]]) -> bytes:
     return b"".join([line + b"\r\n" for line in lines])
 
 
-def forwarded_lines(head: RequestHead, *, request_id: bytes, client: str) -> bytes:
-    """The fields a gateway adds, with the blank line that ends the section.
+def forwarded_lines(head: RequestHead, client: str) -> bytes:
+    """The fields a gateway adds, but for the id of the exchange.
 
     X-Forwarded-* as Caddy and Envoy write them; Via as RFC 9110 7.6.3 asks.
     """
     known = head.rebuilt
     address = client.encode("ascii", "replace")
-    if len(known) == 1 and b"host" in known and not head.te_trailers:  # nobody before us
-        return (
-            b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Host: %b\r\n"
-            b"Via: 1.1 beacon-proxy\r\nX-Request-Id: %b\r\n\r\n"
-        ) % (address, known[b"host"], request_id)
     before = known.get(b"x-forwarded-for")
     via = known.get(b"via")
     parts = [
@@ -340,8 +337,6 @@ def forwarded_lines(head: RequestHead, *, request_id: bytes, client: str) -> byt
         known.get(b"x-forwarded-host") or known.get(b"host", b""),
         b"\r\nVia: ",
         b"1.1 beacon-proxy" if via is None else via + b", 1.1 beacon-proxy",
-        b"\r\nX-Request-Id: ",
-        request_id,
         b"\r\n",
     ]
     if b"max-forwards" in known:
@@ -350,7 +345,6 @@ def forwarded_lines(head: RequestHead, *, request_id: bytes, client: str) -> byt
         parts.append(b"TE: trailers\r\n")
         if head.upgrade is None:
             parts.append(b"Connection: TE\r\n")
-    parts.append(b"\r\n")
     return b"".join(parts)
 
 
@@ -358,7 +352,7 @@ def request_id(given: bytes | None) -> str:
     """The client's X-Request-Id where it is sane, else a new one of 32 hex digits."""
     if given is not None and _SANE_ID.match(given):
         return given.decode("ascii")
-    return f"{_ids.getrandbits(128):032x}"
+    return _ids.getrandbits(128).to_bytes(16, "big").hex()
 
 
 def _length_field(headers: Headers) -> int:

@@ -86,10 +86,11 @@ class Verbatim:
         self._route = route
         self.upload: Upload | None = upload
         self.upgrade = head.upgrade is not None
-        self._forwarded = forwarded_lines(
-            head,
-            request_id=exchange.id.encode("ascii"),
-            client=exchange.client,
+        if head.forwarded is None:
+            head.forwarded = forwarded_lines(head, exchange.client)
+        self._forwarded = b"%bX-Request-Id: %b\r\n\r\n" % (
+            head.forwarded,
+            exchange.id.encode("ascii"),
         )
 
     def outgoing(self, candidate: Candidate, provider: Provider) -> Outgoing:
@@ -98,11 +99,11 @@ class Verbatim:
             raise BadRequest("dot segments are not taken to a backend with a base path or a key")
         head = request_bytes(
             self._head,
-            method=exchange.method,
-            target=provider.target(backend, exchange.target),
-            host=host_of(backend.scheme, backend.host, backend.port),
-            added=added_fields(backend, provider),
-            forwarded=self._forwarded,
+            exchange.method,
+            provider.target(backend, exchange.target),
+            host_of(backend.scheme, backend.host, backend.port),
+            added_fields(backend, provider),
+            self._forwarded,
         )
         shape = self._route.shape if self._route is not None else Shape.DOCUMENT
         assert upload is not None

@@ -88,19 +88,21 @@ class Upload:
         "size",
     )
 
-    def __init__(self, flow: Inflow) -> None:
+    def __init__(self, flow: Inflow, whole: bytes | None = None) -> None:
+        """`whole`: all of the body, where it has come already."""
         self._flow = flow
-        self._waiting: list[bytes] = []  # not yet taken
-        self._waiting_size = 0
+        self._waiting: list[bytes] = [whole] if whole else []  # not yet taken
+        self._waiting_size = self.received = len(whole) if whole else 0
         self._waiter: asyncio.Future[None] | None = None
         self._error: Exception | None = None
         self._kept: list[bytes] = []
         self._held = 0  # bytes in it that the limits' `kept` counts
         self._limits = _NO_LIMITS
         self._continue: asyncio.Transport | None = None
-        self._discards = self.framed = self.chunked = self.ended = self.complete = False
+        self._discards = self.framed = self.chunked = self.complete = False
+        self.ended = whole is not None
         self.replayable = True
-        self.received = self.size = 0
+        self.size = 0
 
     # -- the connection's side -------------------------------------------------------------------
 
