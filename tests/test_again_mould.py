@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from beacon_proxy.api.protocol import ClientConnection, ClientServer, Request
 from beacon_proxy.errors import ProxyError
-from beacon_proxy.wire.headers import forwarded_lines, read_request_head, request_bytes
+from beacon_proxy.wire.headers import Added, forwarded_lines, read_request_head, request_bytes
 from beacon_proxy.wire.upload import BodyLimits, Kept
 from beacon_proxy.wire.wheel import Wheel
 
@@ -21,6 +21,7 @@ LINES = (
     b"Connection: keep-alive",
     b"X-Other: 1",
 )
+ADDED = Added(((b"Authorization", b"k"), (b"x-other", b""), (b"X-Beacon-Region", b"r")))
 LIMITS = BodyLimits(1 << 20, 0.0, Kept())
 
 
@@ -66,8 +67,9 @@ class Reader:
             self.seen.append(exc.message)
             return
         out = request_bytes(
-            head, request.method.decode(), request.target, b"b", (), forwarded_lines(head, "c")
+            head, request.method.decode(), request.target, b"b", ADDED, forwarded_lines(head, "c")
         )
+        out += request_bytes(head, "POST", b"/", b"b", None, b"")
         facts = (head.length, head.chunked, head.content_type, head.hints, head.upgrade, head.plain)
         keeps = (request.http11, request.keep_alive)
         self.seen.append((out, request.headers, head.headers, facts, keeps, request.upload.body))
@@ -99,8 +101,9 @@ VALUE = st.one_of(
     st.sampled_from([b"close", b"chunked", b"100-continue", b"x-trace", b"5", b"a.example"]),
     st.integers(100, 9000).map(lambda size: b"v" * size),
 )
-NAMES = b"""X-Trace X-Other x-trace X-Trace:a Host Host:a Connection Expect Content-Type X-Request-Id
-Transfer-Encoding X-Beacon-Region"""
+NAMES = b"""\
+X-Trace X-Other x-trace X-Trace:a Host Host:a Connection Expect Content-Type X-Request-Id
+Transfer-Encoding X-Beacon-Region Authorization"""
 NAME = st.sampled_from([*NAMES.split(), b" X"])
 
 

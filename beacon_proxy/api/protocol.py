@@ -80,7 +80,7 @@ class Request:
     def again(self, again: Again[Request], upload: Upload) -> Request:
         """The same request with another body, and what else `again` saw to differ."""
         assert self.head is not None
-        head = self.head.again(again.places, again.values, again.digits)
+        head = self.head.again(again.values, again.digits)
         return Request(
             self.method,
             self.target,

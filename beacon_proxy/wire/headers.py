@@ -67,6 +67,7 @@ _KNOWN_MOST, _KNOWN_LONGEST = 4096, 64  # spellings remembered, bytes of each
 _HARMLESS = frozenset({b"keep-alive", b"Keep-Alive", b"close"})  # values that name no field
 _known: dict[bytes, int] = {}  # names are few and come again: each spelling is looked at once
 _good_hosts: set[bytes] = set()
+_NO_NAMES: frozenset[bytes] = frozenset()
 
 
 def _kind_of(name: bytes) -> int:
@@ -84,7 +85,7 @@ class RequestHead:
 
     Attributes:
         headers: every field, less those that `Connection` names.
-        parts: of the lines that pass to any backend, to be joined.
+        parts: of the lines that pass to any backend, to be joined; of a head read anew.
         rebuilt: name to value of what is answered here or made anew; repeats joined.
         hints: x-beacon-* without the prefix.
         forwarded: what `forwarded_lines` made of it, kept by who called it.
@@ -94,6 +95,8 @@ class RequestHead:
     """
 
     __slots__ = (
+        "_mould",
+        "_values",
         "chunked",
         "content_type",
         "forwarded",
@@ -119,44 +122,79 @@ class RequestHead:
         self.rebuilt = rebuilt
         self.hints = hints
         self.forwarded: bytes | None = None
+        self._mould: _Mould | None = None
+        self._values: Sequence[bytes] | None = None  # None: those of `headers` itself
         self.length: int | None = None
         self.content_type: bytes | None = None
         self.chunked = self.te_trailers = self.plain = False
         self.upgrade: bytes | None = None
 
     def mould(self, places: Sequence[int]) -> None:
-        """Join the parts, but for the values of the fields at `places`: they pass, and will vary.
+        """Get ready for `again` with other values at `places`. Only of a head that is `plain`."""
+        self._mould = _Mould(self.headers, places)
 
-        Only of a head that is `plain`: none of its fields was dropped.
-        """
-        pieces: list[bytes] = []
-        piece = b""
-        for at, (name, value) in enumerate(self.headers):
-            if (_known.get(name) or _kind_of(name)) <= _ACCEL:
-                piece += name + b": "
-                if at in places:
-                    pieces += (piece, value)
-                    piece = b""
-                else:
-                    piece += value
-                piece += b"\r\n"
-        self.parts = [*pieces, piece]
-
-    def again(self, places: Sequence[int], values: Sequence[bytes], digits: bytes) -> RequestHead:
+    def again(self, values: Sequence[bytes], digits: bytes) -> RequestHead:
         """The same head with other values at the places that `mould` was told of.
 
         Args:
             digits: of Content-Length.
         """
-        headers, parts = list(self.headers), self.parts.copy()
-        for index, at in enumerate(places):
-            parts[2 * index + 1] = value = values[index]
+        mould = self._mould
+        assert mould is not None
+        headers = list(self.headers)
+        for at, value in zip(mould.places, values, strict=True):
             headers[at] = (headers[at][0], value)
-        other = RequestHead(tuple(headers), parts, self.rebuilt, self.hints)
+        other = RequestHead(tuple(headers), self.parts, self.rebuilt, self.hints)
         other.length = int(digits) if digits else None
         other.content_type, other.forwarded = self.content_type, self.forwarded
         other.plain = True
+        other._mould, other._values = mould, values
         return other
+
+    def lines(self, dropped: frozenset[bytes]) -> list[bytes]:
+        """Parts of the lines that pass, less those of the lower-case names in `dropped`."""
+        if self._mould is not None and self._values is not None:
+            return self._mould.lines(self._values, dropped)
+        return _passing(self.headers, dropped) if dropped else self.parts
+
+
+class _Mould:
+    """The lines of a head that pass, joined but for the values that will differ."""
+
+    __slots__ = ("_casts", "_headers", "places")
+
+    def __init__(self, headers: Headers, places: Sequence[int]) -> None:
+        self._headers = headers
+        self.places = places  # of fields that pass
+        # For each set of names that is left out, of which there are no more than backends: the
+        # joined bytes with room between them, and which value goes where.
+        self._casts: dict[frozenset[bytes], tuple[list[bytes], list[tuple[int, int]]]] = {}
+
+    def lines(self, values: Sequence[bytes], dropped: frozenset[bytes]) -> list[bytes]:
+        cast = self._casts.get(dropped)
+        if cast is None:
+            cast = self._casts[dropped] = self._cast(dropped)
+        pieces, rooms = cast[0].copy(), cast[1]
+        for at, index in rooms:
+            pieces[at] = values[index]
+        return pieces
+
+    def _cast(self, dropped: frozenset[bytes]) -> tuple[list[bytes], list[tuple[int, int]]]:
+        pieces: list[bytes] = []
+        rooms: list[tuple[int, int]] = []
+        piece = b""
+        for at, (name, value) in enumerate(self._headers):
+            if _kind_of(name) > _ACCEL or name.lower() in dropped:
+                continue
+            piece += name + b": "
+            if at in self.places:
+                rooms.append((len(pieces) + 1, self.places.index(at)))
+                pieces += (piece, b"")
+                piece = b""
+            else:
+                piece += value
+            piece += b"\r\n"
+        return [*pieces, piece], rooms
 
 
 def passes(name: bytes) -> bool:
@@ -271,34 +309,43 @@ def _passing(headers: Headers, dropped: Container[bytes]) -> list[bytes]:
     return parts
 
 
+class Added:
+    """Fields that replace the client's of the same names; an empty value only takes it away.
+
+    Attributes:
+        names: lower-case.
+        lines: of those with a value.
+    """
+
+    __slots__ = ("fields", "lines", "names")
+
+    def __init__(self, fields: Headers) -> None:
+        """Raises BadRequest: a value that would end its line."""
+        self.fields = fields
+        self.names = frozenset(name.lower() for name, _ in fields)
+        self.lines = field_lines(fields)
+
+
 def request_bytes(
     head: RequestHead,
     method: str,
     target: bytes,
     host: bytes,
-    added: Headers,
+    added: Added | None,
     forwarded: bytes,
 ) -> bytes:
     """The request line and header section for one backend.
 
     Args:
-        added: replace the client's fields of the same names (credentials, configured headers); an
-            empty value only takes the client's away.
+        added: replace the client's fields of the same names (credentials, configured headers).
         forwarded: the last lines, the same for every attempt, and the blank line behind them.
     """
-    lines = head.parts
-    if added:
-        lines = _passing(head.headers, {name.lower() for name, _ in added})
-        lines.append(field_lines(added))
-    parts = [
-        method.encode("ascii"),
-        b" ",
-        target,
-        b" HTTP/1.1\r\nHost: ",
-        host,
-        b"\r\n",
-        *lines,
-    ]
+    parts = [method.encode("ascii"), b" ", target, b" HTTP/1.1\r\nHost: ", host, b"\r\n"]
+    if added is None:
+        parts += head.lines(_NO_NAMES)
+    else:
+        parts += head.lines(added.names)
+        parts.append(added.lines)
     if head.chunked:
         parts.append(b"Transfer-Encoding: chunked\r\n")
     if head.upgrade is not None:

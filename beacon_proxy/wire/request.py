@@ -19,7 +19,7 @@ from ..contracts import (
 )
 from ..errors import BadRequest
 from .dialects import Route, Shape
-from .headers import RequestHead, field_lines, find, forwarded_lines, request_bytes
+from .headers import Added, RequestHead, field_lines, find, forwarded_lines, request_bytes
 from .upload import Upload
 
 CREDENTIALS = (
@@ -60,17 +60,21 @@ def host_of(scheme: str, host: str, port: int) -> bytes:
     return host.encode("ascii")
 
 
-def added_fields(backend: Backend, provider: Provider) -> Headers:
-    """Fields that replace the client's: credentials of this backend, but configured ones first."""
+def added_fields(backend: Backend, provider: Provider) -> Added | None:
+    """Fields that replace the client's, if there are any."""
     own = provider.credentials(backend)
-    if not own and not backend.headers:
-        return ()
-    named = {name.lower() for name, _ in backend.headers}
+    return _added(own, backend.headers) if own or backend.headers else None
+
+
+@lru_cache(maxsize=1024)
+def _added(own: Headers, configured: Headers) -> Added:
+    """Credentials of a backend, but configured fields first."""
+    named = {name.lower() for name, _ in configured}
     own = tuple(pair for pair in own if pair[0].lower() not in named)
     known = named.union(name.lower() for name, _ in own)
     # A client's key must not reach a backend that has one of its own, whatever field it stands in.
     bare = tuple((name, b"") for name in CREDENTIALS if name not in known) if own else ()
-    return own + backend.headers + bare
+    return Added(own + configured + bare)
 
 
 class Verbatim:
@@ -143,9 +147,10 @@ class Translated:
         exchange, backend = self._exchange, candidate.backend
         assert exchange.prompt is not None
         call = provider.ask(backend, _spelled(exchange.prompt, candidate))
+        added = added_fields(backend, provider)
         fields: list[tuple[bytes, bytes]] = [
             *call.headers,
-            *added_fields(backend, provider),
+            *(() if added is None else added.fields),
             (b"Content-Length", b"%d" % len(call.body)),
             (b"X-Request-Id", exchange.id.encode("ascii")),
             (b"Via", b"1.1 beacon-proxy"),
