@@ -210,16 +210,15 @@ class Answer:
 
     def on_piece(self, data: bytes) -> None:
         self.size += len(data)
-        self.last = monotonic()
+        self.last = now = monotonic()
         watch = self.watch
         if watch is not None:
             watch.feed(data)
-            if self.first_content is None and watch.content:
-                self.first_content = self.last
-        elif self.first_content is None:
-            self.first_content = self.last
-        if self._sink is not None:
-            self._sink.write(data)
+        if self.first_content is None and (watch is None or watch.content):
+            self.first_content = now
+        sink = self._sink
+        if sink is not None:
+            sink.write(data)
             return
         self.held.append(data)
         self.held_size += len(data)

@@ -67,6 +67,7 @@ class Connection(asyncio.Protocol):
         "bucket",
         "closing",
         "idle_until",
+        "on_body",
         "reading_paused",
         "reused",
         "transport",
@@ -92,8 +93,9 @@ class Connection(asyncio.Protocol):
         self._tunnel: asyncio.Transport | None = None
         self._drained: asyncio.Future[None] | None = None
         self._writing_paused = False
+        self._pieces: list[bytes] = []  # of the body, of one read
+        self.on_body = self._pieces.append  # the parser's callback: with no frame of ours between
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
-        self._pieces: list[bytes] = []
         self._again: Again[AnswerHead] | None = None
         self._reset_message()
 
@@ -176,35 +178,42 @@ class Connection(asyncio.Protocol):
         if answer is None or parser is None:
             self.abort()  # bytes that nobody asked for
             return
-        if self._framing is _TUNNEL:
-            answer.on_piece(data)
-            return
-        self.answered = True
-        if self._again is not None and not (self._headed or self._framing_size):
-            known = self._again.look(data)
-            if known is not None and not answer.head_only:
-                self._repeat(known, self._again, data)
+        if self._headed:
+            if self._framing is _TUNNEL:
+                answer.on_piece(data)
                 return
-        self._framing_size += len(data)
+        else:
+            self.answered = True
+            if self._again is not None and not self._framing_size:
+                known = self._again.look(data)
+                if known is not None and not answer.head_only:
+                    self._repeat(known, self._again, data)
+                    return
+        pieces = self._pieces
         try:
             parser.feed_data(data)
         except httptools.HttpParserUpgrade as exc:
             if rest := data[exc.args[0] :]:
-                self._pieces.append(rest)
+                pieces.append(rest)
         except httptools.HttpParserError as exc:
-            self._flush()
             if not self._done:
+                self._flush()
                 self._broken(str(exc.__context__ or exc) or type(exc).__name__)
                 return
             self._excess = True
-        if self._framing_size > HEAD_CAP:
-            self._broken("the answer's head, trailers or chunk extensions are too large")
-            return
-        pieces = self._pieces
         if pieces:
-            piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-            pieces.clear()
+            if len(pieces) == 1:
+                piece = pieces.pop()
+            else:
+                piece = b"".join(pieces)
+                pieces.clear()
+            self._framing_size = 0
             answer.on_piece(piece)
+        else:
+            self._framing_size += len(data)
+            if self._framing_size > HEAD_CAP:
+                self._broken("the answer's head, trailers or chunk extensions are too large")
+                return
         if self._done:
             self._finish()
         elif not answer.decided:
@@ -321,10 +330,6 @@ class Connection(asyncio.Protocol):
             # here. Whether bytes followed is not known then: this connection is not used again.
             self._done = True
             raise _Malformed("the answer to a HEAD ends with its head")
-
-    def on_body(self, data: bytes) -> None:
-        self._framing_size = 0
-        self._pieces.append(data)
 
     def on_message_complete(self) -> None:
         if self._interim:

@@ -23,6 +23,7 @@ from .dialects import Shape
 _LINE_MAX = 256 << 10  # bytes of one event that are kept until it is complete
 _LONGEST = 32  # bytes; no hint below is longer
 _TAIL = 2048  # bytes kept for the event boundary, and for usage at the end
+_TRIM = _TAIL + 512  # bytes from which on the tail is cut: not at each piece
 
 
 class Sign(StrEnum):
@@ -110,7 +111,7 @@ _INPUT = re.compile(rb'"(?:prompt_tokens|input_tokens|prompt_eval_count)"\s*:\s*
 _OUTPUT = re.compile(rb'"(?:completion_tokens|output_tokens|eval_count)"\s*:\s*(\d+)')
 
 
-def usage_in(tail: bytes) -> Usage | None:
+def usage_in(tail: bytes | bytearray) -> Usage | None:
     """Tokens as the last part of an answer counts them; None where it does not say."""
     output = _OUTPUT.findall(tail)
     if not output:
@@ -181,39 +182,41 @@ class Watch:
         self._shape = shape
         self._hints = _HINTS[shape]
         self._rest = b""  # the line not yet complete
-        self._tail = b""
+        self._tail = bytearray()
         self.content = self.ended = self.error = False
         self.error_data = b""
         self._given = 0  # input tokens, told ahead of the content
 
     def feed(self, piece: bytes) -> None:
         """Look at the next piece."""
-        tail = self._tail + piece
-        self._tail = tail if len(tail) <= _TAIL else tail[-_TAIL:]
+        tail = self._tail
+        tail += piece
+        if len(tail) > _TRIM:
+            del tail[:-_TAIL]
         if self.ended:
             return
         window = self._rest + piece if self._rest else piece
         end = window.rfind(b"\n") + 1
-        self._rest = window[end:]
-        if len(self._rest) > _LINE_MAX:
-            self._give_up_line()
-        if end and (not self.content or self._hinted(window, end)):
+        if end != len(window):
+            self._rest = window[end:]
+            if len(self._rest) > _LINE_MAX:
+                self._give_up_line()
+        elif self._rest:
+            self._rest = b""
+        # A hint in the line that is not complete costs a look at the others, and no more.
+        if end and (not self.content or self._hinted(window)):
             for line in window[:end].split(b"\n"):
                 self._read_line(line)
 
-    def _hinted(self, window: bytes, end: int) -> bool:
-        one, two, three, four = self._hints  # unrolled: this runs for each token
-        return (
-            window.find(one, 0, end) >= 0
-            or window.find(two, 0, end) >= 0
-            or window.find(three, 0, end) >= 0
-            or window.find(four, 0, end) >= 0
-        )
+    def _hinted(self, window: bytes) -> bool:
+        find = window.find  # faster than `in`, and unrolled: this runs for each token
+        one, two, three, four = self._hints
+        return find(one) >= 0 or find(two) >= 0 or find(three) >= 0 or find(four) >= 0
 
     def _give_up_line(self) -> None:
         """A line too long to be kept is content; an end mark inside it is believed as it stands."""
         self.content = True
-        self.ended = self.ended or self._hinted(self._rest, len(self._rest))
+        self.ended = self.ended or self._hinted(self._rest)
         self._rest = self._rest[-_LONGEST:]
 
     def _read_line(self, line: bytes) -> None:
@@ -261,7 +264,7 @@ class Watch:
 
     def usage(self) -> Usage | None:
         """Tokens, once the end has passed."""
-        usage = usage_in(self._tail)
+        usage = usage_in(self._tail[-_TAIL:])
         if usage is not None and not usage.input:
             return Usage(self._given, usage.output)
         return usage
