@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from enum import Enum, StrEnum
-from functools import lru_cache
 
 from .dialects import Shape
 from .headers import AnswerHead
+from .headers import is_event_stream as is_event_stream
 
 HOLD_CAP = 1 << 20  # bytes held before an answer is passed on unjudged
 GRACE = 0.2  # s after the head
@@ -35,18 +35,13 @@ def hold_for(head: AnswerHead, shape: Shape, inference: bool) -> Hold:
         return _WHOLE
     if not inference or status >= 300:
         return _BYTE
-    if head.content_type is None or not is_event_stream(head.content_type):
+    if not head.events:
         return _WHOLE
-    if shape is Shape.DOCUMENT or head.coding:
+    if shape is _DOCUMENT or head.coding:
         return _BYTE  # events that cannot be read
     return _CONTENT
 
 
 # Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
 _BYTE, _CONTENT, _WHOLE = Hold.BYTE, Hold.CONTENT, Hold.WHOLE
-
-
-@lru_cache(maxsize=256)  # asked twice an answer, of a handful of spellings
-def is_event_stream(content_type: bytes) -> bool:
-    kind = content_type.split(b";", 1)[0].strip().lower()
-    return kind in (b"text/event-stream", b"application/x-ndjson", b"application/jsonl")
+_DOCUMENT = Shape.DOCUMENT

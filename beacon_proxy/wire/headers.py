@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Container, Iterable, Sequence
+from functools import lru_cache
 
 from ..contracts import Headers
 from ..errors import BadRequest
@@ -412,12 +413,13 @@ class AnswerHead:
 
     Attributes:
         status: 200..999, or 101.
-        reason: as it came.
         headers: every field, as it came.
         length: Content-Length.
         chunked: the body is framed by chunks.
         content_type, coding: values of Content-Type and Content-Encoding.
-        parts: of the lines that pass to the client, to be joined.
+        events: the body is a stream of events, or of JSON lines.
+        line: the status line for the client.
+        parts: of that and the lines that pass to the client, to be joined.
         special: some field needs a second look before the lines pass (`answer_lines`).
         accel: the backend sets X-Accel-Buffering itself.
     """
@@ -429,10 +431,11 @@ class AnswerHead:
         "chunked",
         "coding",
         "content_type",
+        "events",
         "headers",
         "length",
+        "line",
         "parts",
-        "reason",
         "special",
         "status",
     )
@@ -443,15 +446,16 @@ class AnswerHead:
         Raises:
             ValueError: framing that two parsers could read in two ways.
         """
-        self.status, self.reason, self.headers = status, reason, headers
+        self.status, self.headers = status, headers
         self.length: int | None = None
         self.content_type: bytes | None = None
         self.coding: bytes | None = None
         self.chunked = self.special = self.accel = False
-        self.parts: list[bytes] = []
-        self._length_at = 0
-        self._field_at = -1
-        parts, known = self.parts, _known
+        self.line = b"HTTP/1.1 %d %b\r\n" % (status, reason)
+        self.parts = parts = [self.line]
+        self._length_at = 0  # in `parts`
+        self._field_at = -1  # in `headers`; -1: not looked for yet
+        known = _known
         for name, value in headers:
             kind = known.get(name)
             if kind is None:
@@ -477,19 +481,23 @@ class AnswerHead:
             parts += (name, b": ", value, b"\r\n")
         if self.chunked and self.length is not None:
             raise ValueError("both Content-Length and Transfer-Encoding")
+        self.events = self.content_type is not None and is_event_stream(self.content_type)
 
     def again(self, digits: bytes) -> AnswerHead:
-        """The same head with another Content-Length."""
-        headers, at = self.headers, self._field_at
+        """The same head, which is not chunked, with another Content-Length."""
+        headers, parts, at = self.headers, self.parts, self._field_at
         if at < 0:
-            at = self._field_at = _length_field(headers)
-        other = AnswerHead(self.status, self.reason, (), True)
+            at, cut = _length_field(headers), self._length_at
+            self._field_at, self._length_at = at, 1
+            self.parts = parts = [b"".join(parts[:cut]), digits, b"".join(parts[cut + 1 :])]
+        other = AnswerHead.__new__(AnswerHead)
+        other.status, other.line = self.status, self.line
         other.headers = (*headers[:at], (headers[at][0], digits), *headers[at + 1 :])
+        other.parts = [parts[0], digits, parts[2]]
         other.length = int(digits)
         other.content_type, other.coding = self.content_type, self.coding
-        other.special, other.accel = self.special, self.accel
-        other.parts = self.parts.copy()
-        other.parts[self._length_at] = digits
+        other.special, other.accel, other.events = self.special, self.accel, self.events
+        other.chunked = False
         return other
 
     def _read_hop(self, name: bytes, value: bytes, http11: bool) -> None:
@@ -499,6 +507,12 @@ class AnswerHead:
             self.chunked = True
         elif name == b"trailer" or (name == b"connection" and value not in _HARMLESS):
             self.special = True
+
+
+@lru_cache(maxsize=256)  # of a handful of spellings
+def is_event_stream(content_type: bytes) -> bool:
+    kind = content_type.split(b";", 1)[0].strip().lower()
+    return kind in (b"text/event-stream", b"application/x-ndjson", b"application/jsonl")
 
 
 def answer_lines(headers: Headers, *, trailers_pass: bool) -> bytes:

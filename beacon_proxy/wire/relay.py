@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from email.utils import formatdate
 from http import HTTPStatus
 from sys import maxsize
@@ -20,7 +20,7 @@ from typing import Protocol
 
 from ..contracts import Headers
 from .answer import Answer, Flow
-from .expect import Framing, is_event_stream
+from .expect import Framing
 from .headers import AnswerHead, answer_lines, trailer_lines
 
 # Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
@@ -100,22 +100,24 @@ class ClientSink:
     def start(self, answer: Answer, added: bytes) -> None:
         head, framing = answer.head, answer.framing
         assert head is not None
+        self.status = status = head.status
         # A stream whose end mark is awaited could end short and still keep its promised length.
         watched = answer.watch is not None and framing is _LENGTH
-        open_ended = watched or framing is _CHUNKED or framing is _EOF
-        self._chunked = open_ended and self._http11
-        self._until_close = open_ended and not self._http11
-        if open_ended and not self._http11:
-            self.keep_alive = False
-        lines = [*head.parts, added]
-        if watched or head.special or self._replaced or head.status == 204:
-            lines = [self._looked_at(head, watched), added]
+        if watched or framing is _CHUNKED or framing is _EOF:
+            self._chunked = self._http11
+            self._until_close = not self._http11
+            if self._until_close:
+                self.keep_alive = False
+        if watched or head.special or self._replaced or status == 204:
+            parts = [head.line, self._looked_at(head, watched), added]
+        else:
+            parts = [*head.parts, added]
         if framing is _TUNNEL:
-            lines.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
+            parts.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
             self.keep_alive = False
-        elif not head.accel and is_event_stream(head.content_type or b""):
-            lines.append(b"X-Accel-Buffering: no\r\n")  # else an nginx in front holds tokens back
-        self._head(head.status, head.reason, lines)
+        elif head.events and not head.accel:
+            parts.append(b"X-Accel-Buffering: no\r\n")  # else an nginx in front holds tokens back
+        self._end_head(parts)
 
     def _looked_at(self, head: AnswerHead, watched: bool) -> bytes:
         """The lines of a head that not all pass."""
@@ -125,13 +127,16 @@ class ClientSink:
         headers = tuple(pair for pair in head.headers if pair[0].lower() not in dropped)
         return answer_lines(headers, trailers_pass=self._chunked)
 
-    def _head(self, status: int, reason: bytes, lines: Iterable[bytes]) -> None:
+    def _own_head(self, status: int, lines: bytes) -> None:
         self.status = status
-        parts = [b"HTTP/1.1 %d " % status, reason, b"\r\n", *lines, self.extra]
+        self._end_head([b"HTTP/1.1 %d %b\r\n" % (status, _PHRASES.get(status, b"")), lines])
+
+    def _end_head(self, parts: list[bytes]) -> None:
+        parts.append(self.extra)
         if self._chunked:
             parts.append(b"Transfer-Encoding: chunked\r\n")
         if not self.keep_alive:
-            if status != 101:
+            if self.status != 101:
                 parts.append(b"Connection: close\r\n")
         elif not self._http11:
             parts.append(b"Connection: keep-alive\r\n")
@@ -187,7 +192,7 @@ class ClientSink:
         self._until_close = not self._http11
         if self._until_close:
             self.keep_alive = False
-        self._head(status, _PHRASES.get(status, b""), (_lines(headers), added, _date()))
+        self._own_head(status, _lines(headers) + added + _date())
         self.flush()
 
     def send_own(self, status: int, headers: Headers, body: bytes, added: bytes = b"") -> None:
@@ -196,7 +201,7 @@ class ClientSink:
         lines = _lines(headers) + added + _date()
         if status not in _BODILESS:
             lines += b"Content-Length: %d\r\n" % len(body)
-        self._head(status, _PHRASES.get(status, b""), (lines,))
+        self._own_head(status, lines)
         if self._method != "HEAD" and body:
             self.bytes_out += len(body)
             self._send(body)
