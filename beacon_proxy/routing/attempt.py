@@ -146,14 +146,13 @@ class Attempt:
         )
         self.sent = True
         body = outgoing.body
-        connection.start(answer, sending=body is None)
         if body is not None:
             if upload is not None and upload.chunked:
                 body = _framed(body)
-            connection.write(outgoing.head + body)
+            connection.start(answer, outgoing.head + body, False)
         else:
             assert upload is not None
-            connection.write(outgoing.head)
+            connection.start(answer, outgoing.head, True)
             self._uploading = asyncio.create_task(
                 self._upload(connection, upload, answer), name=f"upload {exchange.id}"
             )
@@ -224,7 +223,7 @@ class Attempt:
     def outcome(self, judgement: Judgement, *, cancelled: bool) -> Outcome:
         """The record of this attempt, once it has ended."""
         answer, now = self.answer, monotonic()
-        verdict, fault, detail = judgement.verdict, judgement.fault, judgement.detail
+        verdict, fault, retry_after, detail, _, _ = judgement
         if cancelled:
             if answer is None or not answer.said_all:  # else it closed ahead of the last chunk only
                 verdict, fault = _NEUTRAL, Fault.CLIENT_CLOSED
@@ -236,26 +235,30 @@ class Attempt:
                 verdict, fault = _STRIKE, Fault.ERROR_BODY
         elif fault is _DEADLINE and self._waited_out(now):
             verdict = _STRIKE
-        usage = judgement.usage
-        if answer is not None and usage is None and answer.watch is not None:
-            usage = answer.watch.usage()
-        ttft = answer.first_content - self.started if answer and answer.first_content else None
-        committed = answer is not None and answer.committed
+        if answer is None:
+            stage, status, committed, size, usage, ttft = _CONNECT, None, False, 0, None, None
+        else:
+            stage, status, committed = answer.stage, answer.status, answer.committed
+            size, usage, ttft = answer.size, answer.usage, answer.first_content
+            if ttft is not None:
+                ttft -= self.started
+            if answer.watch is not None:
+                usage = answer.watch.usage()
         return Outcome(
             self.backend,
             self.number,
             verdict,
-            answer.stage if answer is not None else _CONNECT,
+            stage,
             fault,
-            answer.status if answer is not None else None,
-            judgement.retry_after,
+            status,
+            retry_after,
             self.sent,
             committed,
             not (cancelled or committed) and self._repeatable(judgement),
             self.started,
             ttft,
             now - self.started,
-            answer.size if answer is not None else 0,
+            size,
             usage,
             detail,
         )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from ..contracts import Backend, Candidate, Exchange, Fault, Provider, Usage, Verdict
+from ..contracts import Backend, Candidate, Exchange, Fault, Provider, Verdict
 from ..wire.answer import Answer
 from ..wire.expect import HOLD_CAP
 from ..wire.headers import find
@@ -41,7 +41,6 @@ class Judgement(NamedTuple):
     verdict: Verdict
     fault: Fault | None = None
     retry_after: float | None = None  # s
-    usage: Usage | None = None
     detail: str = ""
     elsewhere: bool = False  # another backend may do better with the same request
     lacks_model: bool = False  # it said so, of a model it was only assumed to serve
@@ -62,11 +61,13 @@ def judge(
     """Judge a held answer: by its fault, its provider's own words, its status, its body."""
     if answer.fault is not None:
         return of_fault(answer.fault, answer.detail)
-    backend, status = candidate.backend, answer.status or 0
+    backend, head, body = candidate.backend, answer.head, answer.body()
+    status = head.status if head is not None else 0
     if status == 101:
         return _GOOD
     if status >= 300 or exchange.inference:
-        fault = provider.judge(backend, status, answer.headers, answer.body())
+        headers = head.headers if head is not None else ()
+        fault = provider.judge(backend, status, headers, body)
         if fault is not None:
             verdict = _VERDICTS.get(fault, Verdict.STRIKE)
             return Judgement(verdict, fault, _retry_after(answer), elsewhere=True)
@@ -79,9 +80,9 @@ def judge(
         return _GOOD
     if answer.watch is not None:
         return _judge_stream(answer)
-    judgement = _judge_document(answer)
-    if exchange.prompt is not None and judgement.verdict is Verdict.GOOD and answer.complete:
-        return _judge_reading(backend, provider, answer.body()) or judgement
+    judgement = _judge_document(answer, body)
+    if exchange.prompt is not None and judgement is _GOOD and answer.complete:
+        return _judge_reading(backend, provider, body) or judgement
     return judgement
 
 
@@ -115,20 +116,20 @@ def _judge_stream(answer: Answer) -> Judgement:
     return _GOOD
 
 
-def _judge_document(answer: Answer) -> Judgement:
+def _judge_document(answer: Answer, body: bytes) -> Judgement:
+    """Judge a whole document, and note what it says it cost."""
     if not answer.complete:
         return _GOOD  # above the cap, or passed on because nobody else stands by
-    body: bytes | None = answer.body()
     coding = _coding(answer)
-    if coding is not None and body is not None:
+    if coding is not None:
         try:
-            body = _decoded(body, coding)
+            decoded = _decoded(body, coding)
         except zlib.error:
             detail = "the compressed body is broken"
             return Judgement(Verdict.STRIKE, Fault.TRUNCATED, detail=detail, elsewhere=True)
-        if body is None:
+        if decoded is None:
             return _GOOD
-    assert body is not None
+        body = decoded
     try:
         document = _loads(body)
     except ValueError:
@@ -140,8 +141,8 @@ def _judge_document(answer: Answer) -> Judgement:
         return _GOOD
     if document.get("error"):
         return _judge_error(body)
-    usage = usage_of(document) or usage_in(body[-4096:])
-    return Judgement(_GOOD.verdict, None, None, usage)
+    answer.usage = usage_of(document) or usage_in(body[-4096:])
+    return _GOOD
 
 
 def _judge_reading(backend: Backend, provider: Provider, body: bytes) -> Judgement | None:
@@ -205,7 +206,7 @@ def _judge_error(data: bytes) -> Judgement:
 
 def _retry_after(answer: Answer) -> float | None:
     """Seconds of the Retry-After field, in either of its forms (RFC 9110 10.2.3)."""
-    value = find(answer.headers, b"retry-after")
+    value = find(answer.head.headers if answer.head is not None else (), b"retry-after")
     if value is None:
         return None
     text = value.decode("latin-1").strip()

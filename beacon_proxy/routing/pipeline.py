@@ -73,17 +73,6 @@ class Pipeline:
         model = canonical_model(exchange.model) if exchange.model else None
         if model is not None and not self._fleet.knows(model):
             raise ModelNotFound(f"no backend serves the model {exchange.model!r}")
-        try:
-            await self._until_answered(exchange, source, client, run, model)
-        except asyncio.CancelledError:
-            # A client may close at the end marker, ahead of the last chunk: it has all it wanted.
-            if exchange.attempts and exchange.attempts[-1].verdict is _GOOD:
-                run.end = _COMPLETE
-            raise
-
-    async def _until_answered(
-        self, exchange: Exchange, source: Source, client: Client, run: Run, model: str | None
-    ) -> None:
         tried: tuple[str, ...] = ()
         attempt: Attempt | None = None
         fallback: Attempt | None = None  # the last whole answer, were it an error, of a backend
@@ -100,7 +89,13 @@ class Pipeline:
                 break
             tried = (*tried, choice.candidate.backend.name)
             attempt = Attempt(self._wire, exchange, choice.candidate, choice.provider)
-            delay = await self._try(exchange, source, client, model, tried, choice, attempt)
+            try:
+                delay = await self._try(exchange, source, client, model, tried, choice, attempt)
+            except asyncio.CancelledError:
+                # A client may close at the end marker, ahead of the last chunk: it has all.
+                if exchange.attempts[-1].verdict is _GOOD:
+                    run.end = _COMPLETE
+                raise
             if delay is None:
                 break
             answer = attempt.answer
@@ -136,12 +131,13 @@ class Pipeline:
             if judgement.lacks_model and model is not None:
                 self._fleet.lacks(live, model)
             delay = None
-            if judgement.verdict is not _GOOD:
+            good = judgement.verdict is _GOOD
+            if not good:
                 exchange.attempts.append(attempt.outcome(judgement, cancelled=False))
                 delay = self._next(exchange, model, tried)
                 exchange.attempts.pop()
             answer = attempt.answer
-            if delay is None and answer is not None and _relayable(answer, judgement):
+            if delay is None and answer is not None and (good or _relayable(answer, judgement)):
                 client.commit(attempt, attempt.number)
                 while not answer.ended:
                     await answer.next_step()

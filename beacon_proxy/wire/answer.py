@@ -16,7 +16,7 @@ from math import inf
 from time import monotonic
 from typing import Protocol
 
-from ..contracts import Fault, Headers, Stage, Timeouts
+from ..contracts import Fault, Headers, Stage, Timeouts, Usage
 from .dialects import Shape, error_event
 from .expect import GRACE, HOLD_CAP, Framing, Hold, hold_for
 from .headers import AnswerHead
@@ -80,6 +80,7 @@ class Answer:
         deadline: it must be over.
         answer_by: it must have begun, for another backend could still answer.
         lone: no other backend stands ready.
+        usage: tokens, where a whole answer was read for them.
     """
 
     __slots__ = (
@@ -112,11 +113,11 @@ class Answer:
         "shape",
         "size",
         "stage",
-        "started",
         "status",
         "stream",
         "trailers",
         "upgrade",
+        "usage",
         "watch",
     )
 
@@ -160,7 +161,8 @@ class Answer:
         self.sending = False
         self.fault: Fault | None = None
         self.detail = ""
-        self.started = self.sent_at = self.last = 0.0
+        self.usage: Usage | None = None
+        self.sent_at = self.last = 0.0
         self.head_at: float | None = None
         self.first_content: float | None = None
 
@@ -172,7 +174,7 @@ class Answer:
         self.sending = sending
         if not sending:
             self.stage = _STAGE_HEAD
-        self.started = self.sent_at = self.last = monotonic()
+        self.sent_at = self.last = monotonic()
         flow.ask_by(self._limit())
 
     def sent(self) -> None:
@@ -223,28 +225,27 @@ class Answer:
         self.held.append(data)
         self.held_size += len(data)
         if not self.decided:
-            if self._enough():
+            said = watch is not None and (watch.content or watch.error)
+            if said or self._hold is _HOLD_BYTE or self.held_size > HOLD_CAP:
                 self._decide()
         elif self.held_size > HOLD_CAP and self._flow is not None:
             self._flow.pause_reading()
 
-    def _enough(self) -> bool:
-        if self._hold is _HOLD_BYTE or self.held_size > HOLD_CAP:
-            return True
-        watch = self.watch
-        return watch is not None and (watch.content or watch.error)
-
     def on_complete(self, trailers: Headers) -> None:
         self.trailers = trailers
         self.complete = True
-        watch = self.watch
-        if self._sink is not None:
-            if watch is not None and not watch.whole:
-                self.fail(Fault.TRUNCATED, "the stream ended without its end marker")
-                return
-            self._sink.finish(trailers)
-            self.stage = _STAGE_DONE
-        self._end()
+        if self._sink is None or self._passes_whole(self._sink):
+            self._end()
+
+    def _passes_whole(self, sink: Sink) -> bool:
+        """Tell the client the end of a complete answer; False where it has failed instead."""
+        if self.watch is not None and not self.watch.whole:
+            self.ended = False
+            self.fail(Fault.TRUNCATED, "the stream ended without its end marker")
+            return False
+        sink.finish(self.trailers)
+        self.stage = _STAGE_DONE
+        return True
 
     def fail(self, fault: Fault, detail: str = "") -> None:
         """End the answer as broken. Does nothing once it has ended."""
@@ -273,14 +274,15 @@ class Answer:
         self.committed = True
         self.stage = _STAGE_STREAM
         sink.start(self, added)
-        held, self.held, self.held_size = self.held, [], 0
+        held = self.held
         if held:
+            self.held, self.held_size = [], 0
             sink.write(held[0] if len(held) == 1 else b"".join(held))
         if self.ended:
-            self.ended = False
             if self.complete:
-                self.on_complete(self.trailers)
+                self._passes_whole(sink)
             else:
+                self.ended = False
                 self.fail(self.fault or Fault.CLOSED, self.detail)
             sink.flush()
             return
@@ -301,11 +303,6 @@ class Answer:
         if not self.ended and self._flow is not None:
             self._flow.abort()
         self._end()
-
-    @property
-    def headers(self) -> Headers:
-        """The header section, as it came."""
-        return self.head.headers if self.head is not None else ()
 
     @property
     def said_all(self) -> bool:
@@ -330,16 +327,15 @@ class Answer:
         """When the next thing must have happened."""
         times = self._timeouts
         limit = self.deadline
-        if self.framing is _FRAMING_TUNNEL:
-            return min(limit, _after(self.last, times.idle))
         if self.status is None:
             if self.sending:
                 return limit  # who sends has a limit of its own
-            limit = min(limit, self.answer_by)
             whole = self.inference and not self.stream
-            return min(
-                limit, _after(self.sent_at, times.document if whole else times.first_content)
-            )
+            begun = _after(self.sent_at, times.document if whole else times.first_content)
+            limit = limit if limit < self.answer_by else self.answer_by
+            return limit if limit < begun else begun
+        if self.framing is _FRAMING_TUNNEL:
+            return min(limit, _after(self.last, times.idle))
         if self._sink is None:
             limit = min(limit, self.answer_by)
             if self._hold is _HOLD_CONTENT:
@@ -349,7 +345,7 @@ class Answer:
                 if self._hold is _HOLD_WHOLE:
                     limit = min(limit, _after(self.sent_at, times.document))
             if not self.decided and (self.lone or self._hold is _HOLD_BYTE):
-                limit = min(limit, (self.head_at or self.started) + GRACE)
+                limit = min(limit, (self.head_at or self.sent_at) + GRACE)
             return limit
         return min(limit, _after(self.last, times.idle))
 

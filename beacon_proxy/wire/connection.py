@@ -108,14 +108,16 @@ class Connection(asyncio.Protocol):
 
     # -- the attempt's side ----------------------------------------------------------------------
 
-    def start(self, answer: Answer, *, sending: bool) -> None:
-        """Take `answer` as the receiver of the next message; `sending`: its body takes a while."""
+    def start(self, answer: Answer, data: bytes, sending: bool) -> None:
+        """Send `data`, and tell `answer` the next message; `sending`: more data takes a while."""
         self._answer = answer
         self.answered = False
         self.uploaded = not sending
         answer.begin(self, sending)
-        if self.closing:
+        if self.closing or self.transport is None:
             self._lost(Fault.CLOSED, "the connection had closed")
+        else:
+            self.transport.write(data)
 
     def write(self, data: bytes) -> None:
         if self._answer is not None:
@@ -221,13 +223,13 @@ class Connection(asyncio.Protocol):
 
     def _repeat(self, known: AnswerHead, again: Again[AnswerHead], data: bytes) -> None:
         """Take a whole answer whose head has been read before."""
-        answer = self._answer
+        answer, self._answer = self._answer, None
         assert answer is not None
-        self._keep, self._framing = True, _LENGTH
         answer.on_head(known.again(again.digits), _LENGTH)
         if again.body_at < len(data):
             answer.on_piece(data[again.body_at :])
-        self._finish()
+        self._leave(self.uploaded and not self.closing)
+        answer.on_complete(())
 
     def _learn(self) -> None:
         """Remember the head of an answer that ended well: the next may have the same."""
@@ -351,17 +353,21 @@ class Connection(asyncio.Protocol):
         again = not self._excess and self.uploaded and not self.closing and self._keep
         if again:
             self._learn()
+            self._reset_message()
         answer, self._answer = self._answer, None
         assert answer is not None
+        self._leave(again)
+        answer.on_complete(trailers)
+
+    def _leave(self, again: bool) -> None:
+        """Lie idle, to be used again, or close."""
         if again:
-            self._reset_message()
             self.reused = True
             self._release(self)
         else:
             self.closing = True
             if self.transport is not None:
                 self.transport.close()
-        answer.on_complete(trailers)
 
     def _broken(self, detail: str) -> None:
         self._lost(Fault.MALFORMED, detail)

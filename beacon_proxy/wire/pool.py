@@ -94,9 +94,10 @@ class Pool:
         idle = self._idle.get(backend.name)
         if idle is None:
             idle = self._idle[backend.name] = deque()
-        if len(idle) >= max(backend.max_in_flight, 8):
+        if len(idle) >= backend.max_in_flight and len(idle) >= 8:
             idle.popleft().abort()
-        connection.resume_reading()
+        if connection.reading_paused:
+            connection.resume_reading()
         connection.idle_until = self._loop.time() + IDLE_LIMIT
         idle.append(connection)
 
