@@ -21,6 +21,7 @@ from pathlib import Path
 TICK = 1 / os.sysconf("SC_CLK_TCK")  # s
 _SCHED = 2  # CPUCLOCK_SCHED of the kernel: the clock that counts what the scheduler gave
 _PDEATHSIG = 1  # PR_SET_PDEATHSIG
+_ASKED_TO_END = {signal.SIGINT, signal.SIGTERM}
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -141,6 +142,7 @@ def _set_up(core: int) -> Callable[[], None]:
     parent = os.getpid()
 
     def in_child() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKED_TO_END)
         _LIBC.prctl(_PDEATHSIG, signal.SIGKILL)  # should we die without a word
         if os.getppid() != parent:
             os._exit(1)
@@ -162,21 +164,33 @@ def running(
 
     At the end it gets SIGTERM and 5 s, then SIGKILL.
     """
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [os.fspath(word) for word in argv],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=dict(env),
-            cwd=cwd,
-            start_new_session=True,
-            preexec_fn=_set_up(core),
-        )
+    process = None
     try:
+        with log.open("wb") as output, _undisturbed():
+            process = subprocess.Popen(
+                [os.fspath(word) for word in argv],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(env),
+                cwd=cwd,
+                start_new_session=True,
+                preexec_fn=_set_up(core),
+            )
         yield process
     finally:
-        stop(process)
+        if process is not None:
+            stop(process)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put off Ctrl-C: during a fork Python would lose it, or we would lose the child."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ASKED_TO_END)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKED_TO_END)
 
 
 def stop(process: subprocess.Popen[bytes], patience: float = 5.0) -> None:
