@@ -71,6 +71,12 @@ def asked(raw: bytes, status: int = 200) -> Callable[[int], Awaitable[None]]:
     return lambda port: _asked(port, raw, status)
 
 
+async def _ask_again(port: int) -> None:
+    async with RawClient(port) as client:
+        for raw in (chat(), chat(), chat(), doing("stream"), chat(), request("GET", "/health")):
+            assert (await client.ask(raw, "POST")).complete
+
+
 def left(raw: bytes, *, after_head: bool = False) -> Callable[[int], Awaitable[None]]:
     return lambda port: _leave(port, raw, after_head=after_head)
 
@@ -82,6 +88,7 @@ def doing(what: str, *, stream: bool = True) -> bytes:
 KINDS = {
     "document": asked(chat()),
     "stream": asked(doing("stream")),
+    "several-over-one-connection": _ask_again,
     "unknown-model": asked(chat(model="unknown"), 404),
     "backend-dies": asked(doing("die")),
     "client-leaves-a-stream": left(doing("begin"), after_head=True),
@@ -133,3 +140,23 @@ async def test_garbage_when_backends_refuse_is_none() -> None:
         rows = [{"url": f"http://127.0.0.1:{port}", "models": ["m"]} for port in (first, second)]
         async with proxy(*rows, middleware=["region", "failover"]) as p:
             assert await left_over(p, asked(chat(), 502)) == {}
+
+
+async def test_connections_that_died_while_they_lay_idle_are_forgotten() -> None:
+    """They lay in the pool until someone wanted one: after an outage, thousands of them."""
+
+    async def dies(conn: BackendConn) -> None:
+        await conn.request()
+        await conn.send(DOCUMENT)
+        await gate.wait()
+
+    gate = asyncio.Event()
+    async with RawBackend(dies) as one, proxy(one) as p:
+        clients = [await RawClient(p.port).__aenter__() for _ in range(5)]
+        await asyncio.gather(*(client.ask(chat(), "POST") for client in clients))
+        idle = p.app._pool._idle
+        assert sum(map(len, idle.values())) == 5
+        gate.set()
+        await eventually(lambda: not any(idle.values()))
+        for client in clients:
+            await client.__aexit__(None, None, None)

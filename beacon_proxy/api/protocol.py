@@ -237,7 +237,7 @@ class ClientConnection(asyncio.Protocol):
             self._task.cancel()
         guest, self.guest = self.guest, None
         # Each of them holds this object.
-        self._request = self._receiving = self._successor = self._broken = None
+        self._request = self._receiving = self._successor = self._broken = self._again = None
         if guest is not None:
             guest.connection_lost(exc)
 
@@ -272,7 +272,7 @@ class ClientConnection(asyncio.Protocol):
         except httptools.HttpParserError as exc:
             cause = exc.__context__
             self._break(cause if isinstance(cause, _Malformed) else exc)
-        if self._framing_size > FRAMING_SPARE:
+        if self._framing_size > FRAMING_SPARE and self._broken is None:
             self._check_framing()
         if self._request is None:
             self._next()

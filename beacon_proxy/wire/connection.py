@@ -39,6 +39,7 @@ class Connection(asyncio.Protocol):
 
     Attributes:
         reused: it has carried an exchange before.
+        shelf: where it lies while it is idle; it takes itself away when it is lost.
         answered: some byte of the current answer has come.
         uploaded: the current request has been sent whole; written by who sends it.
     """
@@ -70,6 +71,7 @@ class Connection(asyncio.Protocol):
         "on_body",
         "reading_paused",
         "reused",
+        "shelf",
         "transport",
         "uploaded",
     )
@@ -84,6 +86,7 @@ class Connection(asyncio.Protocol):
         self._wheel = wheel
         self._release = release
         self.transport: asyncio.Transport | None = None
+        self.shelf: dict[Connection, None] | None = None
         self.closing = False
         self.reused = self.answered = self.uploaded = False
         self.reading_paused = False
@@ -252,6 +255,9 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.closing = True
         self.transport = None
+        if self.shelf is not None:
+            self.shelf.pop(self, None)
+            self.shelf = None
         self._parser = None  # it holds this object
         self._wheel.drop(self)
         if self._drained is not None and not self._drained.done():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections import deque
 from functools import lru_cache, partial
 from math import inf
 
@@ -31,14 +30,15 @@ class Pool:
     def __init__(self, loop: asyncio.AbstractEventLoop, wheel: Wheel) -> None:
         self._loop = loop
         self._wheel = wheel
-        self._idle: dict[str, deque[Connection]] = {}
+        self._idle: dict[str, dict[Connection, None]] = {}  # backend: connections, oldest first
         self._names = Names(loop)
 
     def take(self, backend: Backend) -> Connection | None:
         """An idle connection, newest first; None where there is none."""
         idle = self._idle.get(backend.name)
         while idle:
-            connection = idle.pop()
+            connection, _ = idle.popitem()
+            connection.shelf = None
             if connection.closing:
                 continue
             if self._loop.time() < connection.idle_until:
@@ -93,18 +93,21 @@ class Pool:
     def _put(self, backend: Backend, connection: Connection) -> None:
         idle = self._idle.get(backend.name)
         if idle is None:
-            idle = self._idle[backend.name] = deque()
+            idle = self._idle[backend.name] = {}
         if len(idle) >= backend.max_in_flight and len(idle) >= 8:
-            idle.popleft().abort()
+            oldest = next(iter(idle))
+            del idle[oldest]
+            oldest.abort()
         if connection.reading_paused:
             connection.resume_reading()
         connection.idle_until = self._loop.time() + IDLE_LIMIT
-        idle.append(connection)
+        idle[connection] = None
+        connection.shelf = idle
 
     def close(self) -> None:
         """Close every idle connection."""
         for idle in self._idle.values():
-            for connection in idle:
+            for connection in tuple(idle):
                 connection.abort()
         self._idle.clear()
 
