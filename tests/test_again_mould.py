@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, cast
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ LINES = (
     b"Connection: keep-alive",
     b"X-Other: 1",
 )
+TWICE = b"X-Request-Id: 0\r\nX-Request-ID"
 ADDED = Added(((b"Authorization", b"k"), (b"x-other", b""), (b"X-Beacon-Region", b"r")))
 LIMITS = BodyLimits(1 << 20, 0.0, Kept())
 
@@ -55,7 +57,7 @@ class Reader:
         server = ClientServer(self, loop, Wheel(loop))
         self.connection = ClientConnection(server)
         self.connection.connection_made(Wire())
-        self.seen: list[object] = []
+        self.seen: list[Any] = []
 
     def begin(self, connection: ClientConnection, request: Request) -> None:
         head = request.head
@@ -71,7 +73,7 @@ class Reader:
         )
         out += request_bytes(head, "POST", b"/", b"b", None, b"")
         facts = (head.length, head.chunked, head.content_type, head.hints, head.upgrade, head.plain)
-        keeps = (request.http11, request.keep_alive)
+        keeps = (head.rebuilt, request.http11, request.keep_alive)
         self.seen.append((out, request.headers, head.headers, facts, keeps, request.upload.body))
 
     def refuse(self, connection: ClientConnection, error: ProxyError, cause: str) -> None:
@@ -103,7 +105,7 @@ VALUE = st.one_of(
 )
 NAMES = b"""\
 X-Trace X-Other x-trace X-Trace:a Host Host:a Connection Expect Content-Type X-Request-Id
-Transfer-Encoding X-Beacon-Region Authorization"""
+Transfer-Encoding X-Beacon-Region X-Forwarded-For Authorization"""
 NAME = st.sampled_from([*NAMES.split(), b" X"])
 
 
@@ -120,10 +122,11 @@ def changes(draw: st.DrawFn) -> tuple[tuple[bytes, ...], bytes, bytes | None, in
     return tuple(lines), body, length, draw(st.sampled_from([5, 5, 5, 0, 2]))
 
 
-def traced(value: bytes) -> tuple[tuple[bytes, ...], bytes, bytes, int]:
-    return (*LINES[:2], b"X-Trace: " + value, *LINES[3:]), b"body", b"4", 5
+def traced(value: bytes, name: bytes = b"X-Trace") -> tuple[tuple[bytes, ...], bytes, bytes, int]:
+    return (*LINES[:2], name + b": " + value, *LINES[3:]), b"body", b"4", 5
 
 
+@example([traced(b"1", TWICE), traced(b"2", TWICE), traced(b"3", TWICE), traced(b"4", TWICE)])
 @example([traced(b"1"), traced(b"2"), traced(b"3"), traced(b"4\r\nX-New: 5"), traced(b"6")])
 @example([traced(b"1"), traced(b"2"), traced(b"3"), traced(b"4 "), traced(b"v" * 9000)])
 @given(st.lists(changes(), min_size=1, max_size=12))
@@ -148,17 +151,28 @@ def test_request_on_a_connection_that_remembers_is_read_as_on_a_new_one(
 
 
 def test_request_whose_id_differs_each_time_is_known_in_the_end() -> None:
+    check_known(b"X-Trace", passes=True)
+
+
+@pytest.mark.parametrize("name", [b"X-Request-Id", b"x-forwarded-for"])
+def test_request_of_a_gateway_that_tells_of_its_client_is_known_in_the_end(name: bytes) -> None:
+    check_known(name, passes=False)
+
+
+def check_known(name: bytes, *, passes: bool) -> None:
     loop = asyncio.new_event_loop()
     try:
         reader = Reader(loop)
         known = []
         for number in range(6):
-            reader.read(request(*traced(b"%d" % number)))
+            reader.read(request(*traced(b"%d" % number, name)))
             assert reader.connection._again is not None
             known.append(bool(reader.connection._again.values))
         assert known == [False, False, False, True, True, True]
         (out, headers, *_) = cast(tuple[Any, ...], reader.seen[-1])
-        assert b"X-Trace: 5\r\n" in out
-        assert headers[2] == (b"X-Trace", b"5")
+        assert (name + b": 5\r\n" in out) is passes
+        assert headers[2] == (name, b"5")
+        rebuilt = reader.seen[-1][4][0]
+        assert rebuilt.get(name.lower()) == (None if passes else b"5")
     finally:
         loop.close()

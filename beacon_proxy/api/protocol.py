@@ -28,7 +28,7 @@ from ..errors import BadRequest, HeadTooLarge, ProxyError
 from ..wire.again import Again
 from ..wire.answer import Flow
 from ..wire.connection import Connection
-from ..wire.headers import RequestHead, passes
+from ..wire.headers import RequestHead, may_vary
 from ..wire.upload import ClientGone, Upload
 from ..wire.wheel import GRAIN, Wheel
 
@@ -289,7 +289,7 @@ class ClientConnection(asyncio.Protocol):
     def _learn(self, request: Request) -> None:
         """Remember the head of a request that was answered: the next may have the same."""
         if self._again is None:
-            self._again = Again(passes)  # only now: most clients that come once never come again
+            self._again = Again(may_vary)  # only now: most clients that come once never come again
             return
         head = request.head
         if head is None or not head.plain or request.target[:1] != b"/":

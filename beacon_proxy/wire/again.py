@@ -6,11 +6,12 @@ parse, sort and check a dozen fields anew is a sixth of what a small exchange co
 
 Theory. Let a message be *plain* if it is all in one read: a head, and a body of exactly as many
 bytes as its Content-Length says (or none, where there is no such field). Let its *mould* be the
-bytes of its head without the digits of that number, and without the values of some fields from
-which nobody here learns anything. A mould that the strict parser and our own reading have accepted
-once on this connection is accepted again with any other digits, and with any other values of
-visible ASCII with spaces inside: nothing in the reading of the other bytes depends on them, no
-parser takes such a value for anything else, and the framing they announce is checked here.
+bytes of its head without the digits of that number, and without the values of some fields that
+bear on nothing else (an id, a trace, whatever passes as it is). A mould that the strict parser and
+our own reading have accepted once on this connection is accepted again with any other digits, and
+with any other values of visible ASCII with spaces inside: nothing in the reading of the other bytes
+depends on them, no parser takes such a value for anything else, and the framing they announce is
+checked here.
 So for a plain message whose mould is known, what was read from the first is true of this one.
 
 Rule 1: bytes are compared, never their meaning. One bit of difference goes to the parser.
@@ -63,7 +64,7 @@ class Again(Generic[T]):
     )
 
     def __init__(self, vary: Callable[[bytes], bool] | None = None) -> None:
-        """`vary`: whether the value of a field of this name changes nothing else; None: of none."""
+        """`vary`: whether the value of a field of this name bears on nothing else."""
         self._vary = vary
         self._lines: list[bytes] = []  # of the head that is known
         self._first = b""  # of the mould, up to the first value

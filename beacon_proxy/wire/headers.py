@@ -64,6 +64,7 @@ _KINDS = {
     # A backend that knows `_` as `-` (WSGI, CGI) would read these as framing.
     **dict.fromkeys((b"content_length", b"transfer_encoding", b"content-length_"), _DISGUISED),
 }
+_TOLD = frozenset({b"x-request-id", b"x-forwarded-for"})  # by a gateway before us, anew each time
 _KNOWN_MOST, _KNOWN_LONGEST = 4096, 64  # spellings remembered, bytes of each
 _HARMLESS = frozenset({b"keep-alive", b"Keep-Alive", b"close"})  # values that name no field
 _known: dict[bytes, int] = {}  # names are few and come again: each spelling is looked at once
@@ -145,9 +146,16 @@ class RequestHead:
         headers = list(self.headers)
         for at, value in zip(mould.places, values, strict=True):
             headers[at] = (headers[at][0], value)
-        other = RequestHead(tuple(headers), self.parts, self.rebuilt, self.hints)
+        rebuilt, forwarded = self.rebuilt, self.forwarded
+        if mould.told:
+            rebuilt, forwarded = rebuilt.copy(), None
+            for _, name in mould.told:
+                rebuilt.pop(name, None)
+            for at, name in mould.told:
+                _rebuild(rebuilt, name, headers[at][1])
+        other = RequestHead(tuple(headers), self.parts, rebuilt, self.hints)
         other.length = int(digits) if digits else None
-        other.content_type, other.forwarded = self.content_type, self.forwarded
+        other.content_type, other.forwarded = self.content_type, forwarded
         other.plain = True
         other._mould, other._values = mould, values
         return other
@@ -160,13 +168,22 @@ class RequestHead:
 
 
 class _Mould:
-    """The lines of a head that pass, joined but for the values that will differ."""
+    """The lines of a head that pass, joined but for the values that will differ.
 
-    __slots__ = ("_casts", "_headers", "places")
+    Attributes:
+        places: of the fields whose values will differ.
+        told: place and lower-case name of each field that tells of gateways before us, if a value
+            of these will differ.
+    """
+
+    __slots__ = ("_casts", "_headers", "places", "told")
 
     def __init__(self, headers: Headers, places: Sequence[int]) -> None:
         self._headers = headers
-        self.places = places  # of fields that pass
+        self.places = places
+        told = [(at, name.lower()) for at, (name, _) in enumerate(headers)]
+        told = [(at, name) for at, name in told if name in _TOLD]
+        self.told = told if any(at in places for at, _ in told) else []
         # For each set of names that is left out, of which there are no more than backends: the
         # joined bytes with room between them, and which value goes where.
         self._casts: dict[frozenset[bytes], tuple[list[bytes], list[tuple[int, int]]]] = {}
@@ -198,9 +215,9 @@ class _Mould:
         return [*pieces, piece], rooms
 
 
-def passes(name: bytes) -> bool:
-    """Whether a field passes, and nothing here is learnt from its value."""
-    return (_known.get(name) or _kind_of(name)) == _PLAIN
+def may_vary(name: bytes) -> bool:
+    """Whether the value of a field of this name can change nothing that was read of the others."""
+    return _kind_of(name) == _PLAIN or name.lower() in _TOLD
 
 
 def read_request_head(headers: Headers, http11: bool) -> RequestHead:
