@@ -30,7 +30,6 @@ from typing import Generic, TypeVar
 
 _LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,9})\r\n")
 _VALUE = re.compile(rb"[!-~](?:[ -~]*[!-~])?")
-_BREAK = re.compile(rb"[\r\n]")
 _HEAD_MOST = 8 << 10  # bytes; well below every limit of a head
 _MISSES = 8  # in a row, until no more is tried
 
@@ -119,9 +118,11 @@ class Again(Generic[T]):
             return False
         self._tries -= 1
         lines = new.split(b"\r\n")
-        odd = any(line[:1] in (b"", b" ", b"\t") or _BREAK.search(line) for line in lines)
-        if odd:
-            return False  # not one line a field
+        breaks = len(lines) - 1
+        if new.count(b"\r") != breaks or new.count(b"\n") != breaks or not lines[0]:
+            return False  # a lone CR or LF, an empty line: not one line a field
+        if b"\r\n " in new or b"\r\n\t" in new:
+            return False  # a folded line
         places = self._differing(lines)
         found = _LENGTH.search(new + b"\r\n")
         length = -1 if found is None else new.count(b"\r\n", 0, found.start())
@@ -151,13 +152,15 @@ class Again(Generic[T]):
 
     def _cast(self) -> None:
         """Take the mould from the lines."""
+        lines = self._lines
         pieces: list[bytes] = []
-        piece = self._lines[0]
-        for at, line in enumerate(self._lines[1:]):
-            if at in self.places:
-                pieces.append(piece + b"\r\n" + line.partition(b":")[0] + b": ")
-                piece = b""
-            else:
-                piece += b"\r\n" + line
-        pieces.append(piece + b"\r\n\r\n")
+        run: list[bytes] = []
+        begun = 0
+        for place in self.places:
+            at = place + 1
+            run += lines[begun:at]
+            run.append(lines[at].partition(b":")[0] + b": ")
+            pieces.append(b"\r\n".join(run))
+            run, begun = [b""], at + 1
+        pieces.append(b"\r\n".join([*run, *lines[begun:], b"", b""]))
         self._first, self._rest = pieces[0], tuple(pieces[1:])

@@ -181,9 +181,10 @@ class _Mould:
     def __init__(self, headers: Headers, places: Sequence[int]) -> None:
         self._headers = headers
         self.places = places
-        told = [(at, name.lower()) for at, (name, _) in enumerate(headers)]
-        told = [(at, name) for at, name in told if name in _TOLD]
-        self.told = told if any(at in places for at, _ in told) else []
+        self.told: list[tuple[int, bytes]] = []
+        if any(headers[at][0].lower() in _TOLD for at in places):
+            names = [name.lower() for name, _ in headers]
+            self.told = [(at, name) for at, name in enumerate(names) if name in _TOLD]
         # For each set of names that is left out, of which there are no more than backends: the
         # joined bytes with room between them, and which value goes where.
         self._casts: dict[frozenset[bytes], tuple[list[bytes], list[tuple[int, int]]]] = {}
@@ -200,19 +201,18 @@ class _Mould:
     def _cast(self, dropped: frozenset[bytes]) -> tuple[list[bytes], list[tuple[int, int]]]:
         pieces: list[bytes] = []
         rooms: list[tuple[int, int]] = []
-        piece = b""
+        run: list[bytes] = []
         for at, (name, value) in enumerate(self._headers):
-            if _kind_of(name) > _ACCEL or name.lower() in dropped:
+            kind = _known.get(name)
+            if (_kind_of(name) if kind is None else kind) > _ACCEL or name.lower() in dropped:
                 continue
-            piece += name + b": "
             if at in self.places:
                 rooms.append((len(pieces) + 1, self.places.index(at)))
-                pieces += (piece, b"")
-                piece = b""
+                pieces += (b"".join((*run, name, b": ")), b"")
+                run = [b"\r\n"]
             else:
-                piece += value
-            piece += b"\r\n"
-        return [*pieces, piece], rooms
+                run += (name, b": ", value, b"\r\n")
+        return [*pieces, b"".join(run)], rooms
 
 
 def may_vary(name: bytes) -> bool:
