@@ -57,10 +57,11 @@ class Reader:
         server = ClientServer(self, loop, Wheel(loop))
         self.connection = ClientConnection(server)
         self.connection.connection_made(Wire())
+        self.keeps = True
         self.seen: list[Any] = []
 
     def begin(self, connection: ClientConnection, request: Request) -> None:
-        head = request.head
+        head, self.keeps = request.head, request.keep_alive
         try:
             if head is None:
                 head = request.head = read_request_head(request.headers, request.http11)
@@ -85,7 +86,7 @@ class Reader:
         self.connection.data_received(data)
         new = self.seen[before:]
         if new and not isinstance(new[-1], str):
-            self.connection.served(True)
+            self.connection.served(self.keeps)
         return tuple(new)
 
 
