@@ -88,7 +88,7 @@ def judge(
 
 def _lacks_model(answer: Answer) -> bool:
     try:
-        body = _decoded(answer.body(), _coding(answer))
+        body = _decoded(answer.body(), answer.head.coding if answer.head is not None else None)
     except zlib.error:
         return False
     return body is not None and _NO_MODEL.search(body) is not None
@@ -120,10 +120,9 @@ def _judge_document(answer: Answer, body: bytes) -> Judgement:
     """Judge a whole document, and note what it says it cost."""
     if not answer.complete:
         return _GOOD  # above the cap, or passed on because nobody else stands by
-    coding = _coding(answer)
-    if coding is not None:
+    if answer.head is not None and answer.head.coding is not None:
         try:
-            decoded = _decoded(body, coding)
+            decoded = _decoded(body, answer.head.coding)
         except zlib.error:
             detail = "the compressed body is broken"
             return Judgement(Verdict.STRIKE, Fault.TRUNCATED, detail=detail, elsewhere=True)
@@ -158,10 +157,6 @@ def _judge_reading(backend: Backend, provider: Provider, body: bytes) -> Judgeme
     if not (reading.text or reading.done or reading.usage):
         return Judgement(Verdict.STRIKE, Fault.EMPTY, detail="says nothing known", elsewhere=True)
     return None
-
-
-def _coding(answer: Answer) -> bytes | None:
-    return answer.head.coding if answer.head is not None else None
 
 
 def _decoded(body: bytes, coding: bytes | None) -> bytes | None:

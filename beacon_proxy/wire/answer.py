@@ -391,8 +391,9 @@ class Answer:
     # -- inside ----------------------------------------------------------------------------------
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def _decide(self) -> None:
         self.decided = True

@@ -442,7 +442,7 @@ class AnswerHead:
     """
 
     __slots__ = (
-        "_field_at",
+        "_around",
         "_length_at",
         "accel",
         "chunked",
@@ -471,7 +471,7 @@ class AnswerHead:
         self.line = b"HTTP/1.1 %d %b\r\n" % (status, reason)
         self.parts = parts = [self.line]
         self._length_at = 0  # in `parts`
-        self._field_at = -1  # in `headers`; -1: not looked for yet
+        self._around: tuple[Headers, bytes, Headers, bytes, bytes] | None = None
         known = _known
         for name, value in headers:
             kind = known.get(name)
@@ -502,20 +502,25 @@ class AnswerHead:
 
     def again(self, digits: bytes) -> AnswerHead:
         """The same head, which is not chunked, with another Content-Length."""
-        headers, parts, at = self.headers, self.parts, self._field_at
-        if at < 0:
-            at, cut = _length_field(headers), self._length_at
-            self._field_at, self._length_at = at, 1
-            self.parts = parts = [b"".join(parts[:cut]), digits, b"".join(parts[cut + 1 :])]
+        if self._around is None:
+            self._around = self._cut()
+        fields_before, name, fields_after, before, after = self._around
         other = AnswerHead.__new__(AnswerHead)
         other.status, other.line = self.status, self.line
-        other.headers = (*headers[:at], (headers[at][0], digits), *headers[at + 1 :])
-        other.parts = [parts[0], digits, parts[2]]
+        other.headers = (*fields_before, (name, digits), *fields_after)
+        other.parts = [before, digits, after]
         other.length = int(digits)
         other.content_type, other.coding = self.content_type, self.coding
         other.special, other.accel, other.events = self.special, self.accel, self.events
         other.chunked = False
         return other
+
+    def _cut(self) -> tuple[Headers, bytes, Headers, bytes, bytes]:
+        """What stands around the value of Content-Length, in `headers` and in `parts`."""
+        headers, parts, at = self.headers, self.parts, self._length_at
+        field = _length_field(headers)
+        before, after = b"".join(parts[:at]), b"".join(parts[at + 1 :])
+        return headers[:field], headers[field][0], headers[field + 1 :], before, after
 
     def _read_hop(self, name: bytes, value: bytes, http11: bool) -> None:
         if name == b"transfer-encoding":

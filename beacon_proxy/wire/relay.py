@@ -155,8 +155,10 @@ class ClientSink:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         if self._held is not None:
             self._held.append(data)
-        elif not self._transport.is_closing():
-            self._transport.write(data)
+            return
+        transport = self._transport
+        if not transport.is_closing():
+            transport.write(data)
 
     def finish(self, trailers: Headers) -> None:
         # First of all: the write may fill the buffer, and the connection may serve another by now.
