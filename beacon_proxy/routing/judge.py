@@ -82,7 +82,10 @@ def judge(
         return _judge_stream(answer)
     judgement = _judge_document(answer, body)
     if exchange.prompt is not None and judgement is _GOOD and answer.complete:
-        return _judge_reading(backend, provider, body) or judgement
+        unread = _judge_reading(backend, provider, body)
+        if unread is not None:
+            answer.usage = None  # nothing in it is believed
+            return unread
     return judgement
 
 
