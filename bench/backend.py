@@ -17,6 +17,7 @@ import asyncio
 import json
 import random
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass, field
@@ -227,19 +228,29 @@ def _body(length: int | None, data: bytes) -> bytes | None:
 
 
 class Listener:
-    """One backend as the proxy sees it: a port, and the connections to it."""
+    """One backend as the proxy sees it: a port, and the connections to it.
+
+    A socket that never listens holds the port while the backend is dead, else somebody else's
+    connection may get it.
+    """
 
     def __init__(self, house: House) -> None:
         self._house = house
-        self.port = 0
+        self._holder = socket.socket()
+        self._holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._holder.bind(("127.0.0.1", 0))
+        self.port = int(self._holder.getsockname()[1])
         self.transports: set[asyncio.Transport] = set()
 
     async def listen(self) -> None:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: Conversation(self._house, self), "127.0.0.1", self.port, backlog=4096
+            lambda: Conversation(self._house, self),
+            "127.0.0.1",
+            self.port,
+            backlog=4096,
+            reuse_port=True,
         )
-        self.port = self._server.sockets[0].getsockname()[1]
 
     async def live_and_die(self, rng: random.Random) -> None:
         """Die now and then, with every connection, and come back."""
