@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,5 +141,5 @@ def machine() -> dict[str, str]:
         "cpu": names[0] if names else platform.processor(),
         "cores": str(os.cpu_count()),
         "kernel": f"{platform.system()} {platform.release()}",
-        "python": f"Python {platform.python_version()}",
+        "python": f"Python {sys.version}",
     }
