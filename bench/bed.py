@@ -43,7 +43,7 @@ class Bed:
     contender: Contender
     port: int
     root: int
-    backend: int
+    backend: subprocess.Popen[bytes]
     folder: Path
     first_answer: float = 0.0
     process: subprocess.Popen[bytes] | None = None
@@ -54,7 +54,7 @@ class Bed:
         Raises:
             Failed: it did not end as it should.
         """
-        given: dict[str, Any] = {"port": self.port, "root": self.root, "backend": self.backend}
+        given: dict[str, Any] = {"port": self.port, "root": self.root, "backend": self.backend.pid}
         given |= {"exact": self.contender.exact, **spec}
         allowed = Spec(**given)
         return self.run("bench.load", given, allowed.warm + allowed.seconds + 2 * allowed.limit)
@@ -70,6 +70,8 @@ class Bed:
                 raise Failed(f"the load does not end: {tail(log)}") from None
         if status:
             raise Failed(f"the load failed: {tail(log)}")
+        if self.backend.poll() is not None:
+            raise Failed(f"the backend died: {tail(self.folder / BACKEND_LOG)}")
         found: dict[str, Any] = json.loads(log.read_text())
         return found
 
@@ -112,7 +114,9 @@ def bed(
 
 
 @contextmanager
-def _backend(folder: Path, spec: Mapping[str, Any]) -> Iterator[tuple[int, list[int]]]:
+def _backend(
+    folder: Path, spec: Mapping[str, Any]
+) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
     log = folder / BACKEND_LOG
     command = [sys.executable, "-m", "bench.backend", json.dumps(spec)]
     with running(command, core=LOAD_CORE, log=log, env=_environment(), cwd=ROOT) as process:
@@ -122,7 +126,7 @@ def _backend(folder: Path, spec: Mapping[str, Any]) -> Iterator[tuple[int, list[
                 raise Failed(f"the backend does not start: {tail(log)}")
             time.sleep(0.01)
         first, _, _ = log.read_text().partition("\n")
-        yield process.pid, json.loads(first)["ports"]
+        yield process, json.loads(first)["ports"]
 
 
 def _environment() -> dict[str, str]:

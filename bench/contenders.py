@@ -271,7 +271,7 @@ def free_port() -> int:
     """A port that nobody listens on, and that no connection gets before the contender starts."""
     text = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text()
     lowest = int(text.split()[0])  # of those that the system gives to connections
-    for port in random.sample(range(lowest - 8000, lowest), 100):
+    for port in random.sample(range(max(1024, lowest - 8000), max(lowest, 9024)), 100):
         with socket.socket() as sock, suppress(OSError):
             sock.bind((HOST, port))
             return port

@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-COLORS = {"beacon-proxy": "#c0392b", "envoy": "#2c6fbb", "vllm-router": "#3a9a5b"}
+COLORS = {"beacon-proxy": "#c0392b", "envoy": "#2c6fbb", "vllm-router-rr": "#3a9a5b"}
 
 
 def main() -> None:

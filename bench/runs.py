@@ -89,7 +89,7 @@ def stream(
 
 
 SIZE = 100_000_000  # bytes of an upload or download
-SLOW = 20_000_000  # bytes/s of a slow side
+SLOW = 40_000_000  # bytes/s of a slow side
 
 
 def transfers(kind: str, variants: Mapping[str, dict[str, Any]]) -> Callable[..., Run]:

@@ -16,6 +16,8 @@ from .processes import Tree
 
 STARTING = 200  # streams that may wait for their first token; more would test listen(2) alone
 
+SETTLE = 1.0  # s between the first token of the last stream and the window, at least
+
 
 async def load(spec: Spec, counts: Counts) -> dict[str, Any]:
     """The window begins when every stream has a token; after it the backend ends them all."""
@@ -33,7 +35,7 @@ async def load(spec: Spec, counts: Counts) -> dict[str, Any]:
             async with asyncio.timeout(spec.limit):
                 for lane in lanes:
                     await lane.begun.wait()
-        await asyncio.sleep(max(0.5, spec.warm - (time.monotonic() - began)))
+        await asyncio.sleep(max(SETTLE, spec.warm - (time.monotonic() - began)))
         counts.begin()
         await asyncio.sleep(spec.seconds)
         found = counts.end()

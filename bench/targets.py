@@ -40,6 +40,7 @@ TARGETS = (
     Target("lat", "added_p50_us", "added p50 over direct", 1.0, VLLM_RR),
     Target("lat", "added_p50_us", "added p50 over direct", 1.15, ENVOY),
     Target("open", "rss_mb", "RSS with 2000 streams", 0.4, VLLM),
+    Target("open", "rss_mb", "RSS with 2000 streams", 0.4, VLLM_RR),
     Target("open-8000", "errors", "errors with 8000 streams", 0, unit="errors"),
     *(
         Target(mode, f"growth_mb@{variant}", f"RSS growth, {variant}", 8, unit="MB")

@@ -563,6 +563,14 @@ def test_bed_when_a_contender_does_not_start_says_what_it_said() -> None:
         pass
 
 
+def test_bed_when_its_backend_died_says_so() -> None:
+    with bed(contenders.ALL["direct"]) as under:
+        under.backend.kill()
+        under.backend.wait(10)
+        with pytest.raises(Failed, match=r"the load failed|the backend died"):
+            under.load(kind="streams", connections=1, warm=0.05, seconds=0.05, limit=1.0)
+
+
 # -- peers
 
 
