@@ -1,5 +1,6 @@
 # `make run` and `make test` each set everything up in .venv on a machine with make and Python 3.11+.
-# Every install is from a requirements*.lock: exact versions, each file checked by its hash.
+# Every install is from a requirements*.lock: exact versions, each file checked by its hash; but for
+# the peers of `make bench`, of which bench/peers.txt says the version alone.
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -183,7 +183,7 @@ def _fact(cls: type[_T]) -> type[_T]:
     At run time it is not: a frozen one costs a call for each field of each new object, 2 us for an
     outcome, and there is one for every attempt.
     """
-    return dataclass(slots=True)(cls)
+    return dataclass(slots=True, unsafe_hash=True)(cls)
 
 
 @_fact

@@ -1,10 +1,9 @@
 """Measure the proxy next to its peers: `python -m bench`.
 
-    run      run the modes, write results.json, RESULTS.md, the picture (the default)
-    report   write RESULTS.md and the picture from results.json
-    readme   write the README's table from results.json
+    run      run the modes, write results.json, RESULTS.md, the README's table, the picture (the default)
+    report   write the last three from results.json
 
-A mode that is run replaces what results.json had of it. Exit 1: an answer was wrong or missing.
+A mode that is run replaces what results.json had of it; with --contenders nothing is written. Exit 1: an answer was wrong or missing.
 """
 
 from __future__ import annotations
@@ -28,10 +27,6 @@ from .runs import SCALE, Run
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    if args.command == "readme":
-        text = report.README.read_text()
-        report.README.write_text(report.render_readme(text, results.load()))
-        return 0
     if args.command == "report":
         _write_report(results.load())
         return 0
@@ -54,7 +49,7 @@ def _run(args: argparse.Namespace) -> int:
         mode = modes.ALL[name]
         entry = _run_mode(mode, args)
         wrong += sum(results.errors(runs).total() for runs in entry["runs"].values())
-        if not args.no_write:
+        if not (args.no_write or args.contenders):
             found = results.merge(results.load(), {"modes": {name: entry}})
             results.save(found)
             _write_report(found, draw=name == "scale")
@@ -109,6 +104,8 @@ def _tell(what: str, run: Run) -> None:
 
 def _write_report(found: Mapping[str, Any], *, draw: bool = True) -> None:
     report.RESULTS.write_text(report.render(dict(found)))
+    readme = report.README.read_text()
+    report.README.write_text(report.render_readme(readme, dict(found)))
     if draw and "scale" in found["modes"]:
         _draw(found["modes"]["scale"])
 
@@ -123,9 +120,12 @@ def _draw(scale: Mapping[str, Any]) -> None:
                 middle = results.Stat.of(values).value
                 point = [streams, middle, min(values), max(values)]
                 series.setdefault(contender, []).append(point)
-    command = [peers.find("plot", "python"), Path(__file__).parent / "plot.py"]
     target = report.RESULTS.with_name(report.PLOT)
-    subprocess.run([*command, target], input=json.dumps(series).encode(), check=True, timeout=120)
+    try:
+        command = [peers.find("plot", "python"), Path(__file__).parent / "plot.py", target]
+        subprocess.run(command, input=json.dumps(series).encode(), check=True, timeout=120)
+    except (Failed, subprocess.SubprocessError) as exc:  # the figures are worth more than it
+        print(f"no picture: {exc}", file=sys.stderr)
 
 
 def _leave(number: int, frame: Any) -> None:
@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     known = f"of {', '.join(modes.ALL)}"
-    parser.add_argument("command", nargs="?", choices=("run", "report", "readme"), default="run")
+    parser.add_argument("command", nargs="?", choices=("run", "report"), default="run")
     parser.add_argument("--modes", type=_names(modes.ALL), metavar="A,B", help=known, default=[])
     parser.add_argument("--skip", type=_names(modes.ALL), metavar="A,B", default=[])
     parser.add_argument(

@@ -61,7 +61,7 @@ class Contender:
 
 class Beacon(Contender):
     name = "beacon-proxy"
-    note = "default configuration, five backends in two regions, log to a file, metrics on"
+    note = "default but for max_in_flight and models, five backends in two regions, log and metrics on"
 
     def version(self) -> str:
         from beacon_proxy import __version__
@@ -159,7 +159,7 @@ def _envoy(folder: Path, port: int, backends: Sequence[int]) -> dict[str, object
 
 class VllmRouter(Contender):
     name = "vllm-router"
-    note = "default policy (cache_aware) and log"
+    note = "default policy (cache_aware); it has no access log"
     patience = 60.0
     extra: tuple[str, ...] = ()
 

@@ -49,11 +49,12 @@ class Counts:
     def end(self) -> dict[str, Any]:
         """The figures of the window."""
         seconds = time.perf_counter() - self._began
+        cpu = Tree(self.root).cpu() if self.root else 0.0  # first of all: it works on meanwhile
         found: dict[str, Any] = {"seconds": seconds, "done": self.done, "tokens": self.tokens}
         found |= quantiles(self.times)
         if self.root:
             tree = Tree(self.root)
-            found["cpu"] = tree.cpu() - self._cpu
+            found["cpu"] = cpu - self._cpu
             memory = tree.memory()
             found |= {"rss": memory.rss, "pss": memory.pss, "peak": memory.peak}
         return found

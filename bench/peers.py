@@ -50,6 +50,9 @@ def find(name: str, program: str) -> Path:
 
 
 def _has(folder: Path, requirement: str) -> bool:
+    python = folder / "bin" / "python"
+    if not python.exists() or python.resolve() != Path(sys.executable).resolve():
+        return False  # made by another Python: a peer in Python is measured on the same as we
     project, _, wanted = requirement.partition("==")
     stem = re.sub(r"[-_.]+", "_", project.partition("[")[0])
     return any(folder.glob(f"lib/python*/site-packages/{stem}-{wanted}.dist-info"))

@@ -198,16 +198,25 @@ def stop(process: subprocess.Popen[bytes], patience: float = 5.0) -> None:
     tree = Tree(process.pid)
     with suppress(ProcessLookupError):
         process.terminate()
-    with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-        process.wait(patience)
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+    finally:  # who is asked to end once more while it waits still leaves nobody behind
+        with _undisturbed():
+            left = _kill(process, tree)
+    if left:
+        raise Failed(f"processes that do not die: {left}")
+
+
+def _kill(process: subprocess.Popen[bytes], tree: Tree) -> Sequence[int]:
+    """Kill what is left, for at most 1 s; returns what is left then."""
     deadline = time.monotonic() + 1
-    while (left := tree.pids()) and time.monotonic() < deadline:
+    while (left := tuple(tree.pids())) and time.monotonic() < deadline:
         tree.kill(signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
             process.wait(0.02)
     process.poll()
-    if left:
-        raise Failed(f"processes that do not die: {left}")
+    return left
 
 
 def tail(log: Path, size: int = 2000) -> str:

@@ -15,7 +15,7 @@ from .targets import TARGETS
 RESULTS = Path(__file__).parent / "RESULTS.md"
 README = ROOT / "README.md"
 PLOT = "cpu_per_token.png"
-BEGIN = "<!-- made by `python -m bench readme` from bench/results.json -->"
+BEGIN = "<!-- made by `make bench` from bench/results.json -->"
 END = "<!-- end of what is made -->"
 
 # Figure -> what it is, with its unit. In this order in the tables.
@@ -25,6 +25,7 @@ FIGURES = {
     "added_p50_us": "added p50 over direct, µs",
     "p50_us": "p50, µs",
     "p99_us": "p99, µs",
+    "core_share": "share of its core",
     "requests_per_s": "requests/s",
     "tokens_per_s": "tokens/s",
     "rss_mb": "RSS, MB",
@@ -54,7 +55,7 @@ FIGURES = {
 # The README's rows: mode, figure, what it is.
 SHORT = (
     ("json", "cpu_us_per_request", "CPU per request, 0.7 kB answers, 32 connections"),
-    ("paced", "cpu_us_per_token", "CPU per token, 300 streams"),
+    ("paced", "cpu_us_per_token", "CPU per token, 300 streams (litellm: 5)"),
     ("lat", "added_p50_us", "added to a request, p50"),
     ("open", "rss_mb", "RSS with 2000 open streams"),
     ("start", "first_answer_s", "first answer after the start"),
@@ -104,7 +105,11 @@ def _targets(verdicts: list[Verdict]) -> Iterator[str]:
     for verdict in verdicts:
         target = verdict.target
         unit = _unit(verdict)
-        reached = f"{number(verdict.value)} {unit}"
+        reached = "not measured"
+        if verdict.value is not None:
+            reached = f"{number(verdict.value)} {unit}"
+        if verdict.flawed:
+            reached += ", with errors"
         if verdict.theirs is not None:
             reached += f" ({number(verdict.ours)} / {number(verdict.theirs)})"
         cells = (target.mode, target.text, f"≤ {number(target.limit)} {unit}", reached)
@@ -157,17 +162,26 @@ def _short(results: Results) -> Iterator[str]:
         cells = ["—" if stat is None else f"{number(stat.value)} {unit}" for stat in found]
         yield f"| {text} | " + " | ".join(cells) + " |"
     verdicts = judge(results, TARGETS)
-    missed = [verdict for verdict in verdicts if not verdict.met]
+    missed = [verdict for verdict in verdicts if not verdict.met and verdict.value is not None]
+    unknown = [verdict.target for verdict in verdicts if verdict.value is None]
+    met = len(verdicts) - len(missed) - len(unknown)
     yield ""
-    yield f"{len(verdicts) - len(missed)} of {len(verdicts)} targets are met" + (
+    yield f"{met} of {len(verdicts)} targets are met" + (
         "; missed: " + "; ".join(_missed(verdict) for verdict in missed) + "." if missed else "."
     )
+    if unknown:
+        yield f"Not measured: {'; '.join(f'{target.mode} {target.text}' for target in unknown)}."
+    if "json" in results["modes"]:
+        mode = results["modes"]["json"]
+        yield f"Medians of {max(map(len, mode['runs'].values()))} runs, {mode['date'][:10]},"
+        yield f"beacon-proxy {mode['versions'].get(BEACON, '')} on {mode['machine']['python']}."
 
 
 def _missed(verdict: Verdict) -> str:
     target = verdict.target
-    value = f"{number(verdict.value)} {_unit(verdict)}".rstrip()
-    return f"{target.text} {value}, not {number(target.limit)}"
+    value = f"{number(verdict.value or 0.0)} {_unit(verdict)}".rstrip()
+    with_errors = ", with errors" if verdict.flawed else ""
+    return f"{target.text} {value}{with_errors}, not {number(target.limit)}"
 
 
 def _order(figure: str) -> tuple[int, str]:

@@ -43,16 +43,23 @@ class Stat:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a target stands: its value, the two figures that make it, and whether it is met."""
+    """How a target stands.
+
+    Attributes:
+        value: of the figure, or of the ratio; None: it was not measured.
+        ours, theirs: the figures that make it.
+        flawed: answers were wrong or missing in a run that it rests on: it cannot be met.
+    """
 
     target: Target
-    value: float
-    ours: float
-    theirs: float | None
+    value: float | None = None
+    ours: float = 0.0
+    theirs: float | None = None
+    flawed: bool = False
 
     @property
     def met(self) -> bool:
-        return self.value <= self.target.limit
+        return self.value is not None and self.value <= self.target.limit and not self.flawed
 
 
 def load(path: Path = FILE) -> Results:
@@ -110,24 +117,25 @@ def errors(runs: Sequence[Mapping[str, Any]]) -> Counter[str]:
 
 
 def judge(results: Results, targets: Sequence[Target]) -> list[Verdict]:
-    """How each target stands for which there are figures."""
-    found = []
-    for target in targets:
-        mode = results["modes"].get(target.mode)
-        if mode is None:
-            continue
-        rows = stats(mode)
-        ours = rows.get(BEACON, {}).get(target.figure)
-        theirs = None
-        if target.over is not None:
-            theirs = rows.get(target.over, {}).get(target.over_figure or target.figure)
-        if ours is None or (target.over is not None and theirs is None):
-            continue
-        if theirs is None:
-            found.append(Verdict(target, ours.value, ours.value, None))
-        elif theirs.value > 0:
-            found.append(Verdict(target, ours.value / theirs.value, ours.value, theirs.value))
-    return found
+    """How each target stands."""
+    return [_verdict(results["modes"].get(target.mode), target) for target in targets]
+
+
+def _verdict(mode: Mapping[str, Any] | None, target: Target) -> Verdict:
+    rows = {} if mode is None else stats(mode)
+    ours = rows.get(BEACON, {})
+    measured = ours.get(target.figure)
+    if measured is None:
+        return Verdict(target)
+    value, counts_errors = measured.value, target.figure == "errors"
+    if target.over is None:
+        return Verdict(target, value, value, None, not counts_errors and ours["errors"].value > 0)
+    theirs = rows.get(target.over, {})
+    other = theirs.get(target.over_figure or target.figure)
+    if other is None or other.value <= 0:
+        return Verdict(target)
+    flawed = ours["errors"].value + theirs["errors"].value > 0
+    return Verdict(target, value / other.value, value, other.value, flawed)
 
 
 def machine() -> dict[str, str]:

@@ -46,6 +46,7 @@ def documents(connections: int) -> Callable[[Contender, float], Run]:
                 run.figures |= {f"{q}_us": found[q] * US for q in ("p50", "p99")}
                 if under.root:
                     run.figures["cpu_us_per_request"] = found["cpu"] / found["done"] * US
+                    run.figures["core_share"] = found["cpu"] / found["seconds"]
                     run.figures |= _memory(found)
             _check_log(run, under.log(), found["answers"] + 1)
         return run

@@ -68,11 +68,22 @@ def test_judge_when_a_target_is_a_ratio_divides_the_medians_of_one_mode() -> Non
     assert not missed.met
 
 
-def test_judge_when_a_figure_is_missing_says_nothing_of_its_target() -> None:
+def test_judge_when_a_figure_is_missing_says_that_it_was_not_measured() -> None:
     target = Target("json", "cpu_us_per_request", "CPU", 1.0, "envoy")
-    assert results.judge({"modes": {}}, [target]) == []
-    alone = {"modes": {"json": mode_of(beacon_proxy=json_of(1))}}
-    assert results.judge(alone, [target]) == []
+    alone = {"json": mode_of(beacon_proxy=json_of(1))}
+    for modes_run in ({}, alone):
+        [verdict] = results.judge({"modes": modes_run}, [target])
+        assert (verdict.value, verdict.met) == (None, False)
+        assert "not measured" in report.render({"modes": modes_run})
+
+
+@pytest.mark.parametrize("who", ["beacon_proxy", "envoy"])
+def test_judge_when_answers_were_wrong_meets_no_target(who: str) -> None:
+    mode = mode_of(beacon_proxy=json_of(50), envoy=json_of(100))
+    mode["runs"][who.replace("_", "-")][0]["errors"] = {"wrong answer": 1}
+    target = Target("json", "cpu_us_per_request", "CPU", 1.0, "envoy")
+    [verdict] = results.judge({"modes": {"json": mode}}, [target])
+    assert (verdict.value, verdict.met) == (0.5, False)
 
 
 def test_judge_when_the_measure_is_another_figure_of_the_proxy_itself() -> None:
@@ -145,7 +156,7 @@ def test_readme_when_made_anew_keeps_what_stands_around_the_table() -> None:
     assert text.endswith(f"{report.END}\nafter\n")
     assert "old" not in text
     assert "| 60 µs | 50 µs | — | — | — | — |" in text
-    assert "0 of 1 targets are met" in text
+    assert f"0 of {len(targets.TARGETS)} targets are met" in text
     with pytest.raises(ValueError, match="lacks"):
         report.render_readme("no marks", found)
 
