@@ -1,9 +1,11 @@
 """Measure the proxy next to its peers: `python -m bench`.
 
-    run      run the modes, write results.json, RESULTS.md, the README's table, the picture (the default)
+    run      run the modes; write results.json, RESULTS.md, the README's table and the picture
+             (the default)
     report   write the last three from results.json
 
-A mode that is run replaces what results.json had of it; with --contenders nothing is written. Exit 1: an answer was wrong or missing.
+A mode that is run replaces what results.json had of it; with --contenders nothing is written.
+Exit 1: an answer was wrong or missing.
 """
 
 from __future__ import annotations

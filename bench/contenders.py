@@ -61,7 +61,9 @@ class Contender:
 
 class Beacon(Contender):
     name = "beacon-proxy"
-    note = "default but for max_in_flight and models, five backends in two regions, log and metrics on"
+    note = (
+        "default but for max_in_flight and models, five backends in two regions, log and metrics on"
+    )
 
     def version(self) -> str:
         from beacon_proxy import __version__

@@ -6,6 +6,7 @@ would on a connection of its own, where nothing can be remembered.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
 from itertools import chain
@@ -36,18 +37,28 @@ def message(body: bytes, head: bytes = HEAD) -> bytes:
     return head % len(body) + body
 
 
+def learn(again: Again[str], data: bytes, known: str = "first") -> bool:
+    """Let `again` learn what a strict parser reads from `data`."""
+    head, _, _ = data.partition(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    pairs = [line.partition(b":") for line in lines]
+    fields = tuple((name, value.strip(b" \t")) for name, _, value in pairs)
+    length = next((int(v) for n, v in fields if n.lower() == b"content-length"), None)
+    return again.learn(known, first, fields, length)
+
+
 def known(first: bytes, second: bytes) -> bool:
     """Whether what is learnt from the one message is taken for the other."""
     again: Again[str] = Again()
     assert again.look(first) is None
-    again.learn("first")
+    assert learn(again, first)
     return again.look(second) == "first"
 
 
 def test_head_with_another_length_is_known_again() -> None:
     again: Again[str] = Again()
     again.look(message(b"one"))
-    again.learn("first")
+    assert learn(again, message(b"one"))
     data = message(b"eleven bytes")
     assert again.look(data) == "first"
     assert (again.digits, data[again.body_at :]) == (b"12", b"eleven bytes")
@@ -90,23 +101,50 @@ def test_memory_of_who_never_repeats_is_given_up() -> None:
     """To look costs a little each time, and a client that numbers its requests never gains."""
     again: Again[str] = Again()
     for n in range(50):
-        again.look(message(b"one", HEAD.replace(b"A: b", b"A: %d" % n)))
-        again.learn("some")
-    assert again.look(message(b"one")) is None
-    again.learn("late")
-    assert again.look(message(b"one")) is None
+        data = message(b"one", HEAD.replace(b"A: b", b"A: %d" % n))
+        again.look(data)
+        learn(again, data)
+    for _ in range(2):
+        assert again.look(message(b"one")) is None
+        assert not learn(again, message(b"one"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(message(b"one").replace(b": 3", b":3"), id="no space"),
+        pytest.param(message(b"one").replace(b": 3", b": 3 "), id="space behind"),
+        pytest.param(message(b"one").replace(b": 3", b": 03"), id="a zero ahead"),
+        pytest.param(message(b"one").replace(b"A: b", b"A:b"), id="another field without a space"),
+        pytest.param(message(b"one")[:-1], id="a byte short"),
+        pytest.param(message(b"one") + b"!", id="a byte more"),
+    ],
+)
+def test_spelling_of_its_own_is_not_learnt(data: bytes) -> None:
+    again: Again[str] = Again()
+    again.look(data)
+    assert not learn(again, data)
+
+
+def test_nothing_is_learnt_from_the_bytes_of_another_message() -> None:
+    """What was looked at may not be what was read: an interim answer, a request ahead of it."""
+    again: Again[str] = Again()
+    again.look(message(b"one"))
+    assert not learn(again, message(b"two", HEAD.replace(b"A: b", b"A: c")))
+    again.look(b"HTTP/1.1 103 Early\r\nContent-Length: 0\r\n\r\n")
+    assert not learn(again, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 
 
 @given(st.lists(st.tuples(st.sampled_from([b"A: b", b"A: c"]), st.binary(max_size=40)), max_size=9))
 def test_what_is_known_was_said_by_the_same_bytes(said: list[tuple[bytes, bytes]]) -> None:
-    again: Again[bytes] = Again()
+    again: Again[str] = Again()
     for field, body in said:
         data = message(body, HEAD.replace(b"A: b", field))
         found = again.look(data)
         if found is None:
-            again.learn(field)
+            learn(again, data, field.decode())
         else:
-            assert (found, data[again.body_at :]) == (field, body)
+            assert (found.encode(), data[again.body_at :]) == (field, body)
 
 
 # -- through the whole proxy
@@ -230,3 +268,63 @@ async def head_or_body(conn: BackendConn) -> None:
         await conn.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n")
         if received.method != "HEAD":
             await conn.send(b"ok")
+
+
+async def test_request_ahead_lends_its_bytes_to_no_other() -> None:
+    """What was looked at was learnt as the head of the request pipelined behind it: a way in."""
+    fields = [("Max-Forwards", "5"), ("X-Foo", "a")]
+    first = request("POST", "/slow", fields, b"12345")
+    second = request("POST", "/two", [("X-Foo", "a")], b"12345")
+    sneaky = b"GET /smuggled HTTP/1.1\r\nHost: v\r\n\r\n"
+    async with RawBackend(json_answer({})) as backend, proxy(backend) as p:
+        async with RawClient(p.port) as client:
+            for _ in range(3):
+                await client.ask(request("POST", "/slow", fields, b"1"), "POST")
+                await client.send(first + second)
+                for _ in range(2):
+                    assert (await client.response("POST")).complete
+                await client.ask(request("POST", "/slow", fields, sneaky), "POST")
+        for received in backend.requests:
+            [length] = received.header("Content-Length")
+            assert (received.target != b"/two") or length == b"5"
+            assert int(length) == len(received.body)
+            assert received.target != b"/smuggled"
+
+
+@pytest.mark.parametrize("line", ["Content-Length:%d", "CONTENT-LENGTH: %d", "content-length: 0%d"])
+async def test_length_in_a_spelling_of_its_own_still_has_a_body(line: str) -> None:
+    body = b"GET /smuggled HTTP/1.1\r\nHost: v\r\n\r\n"
+    head = f"POST /up HTTP/1.1\r\nHost: h\r\n{line % len(body)}\r\n\r\n".encode()
+    async with RawBackend(json_answer({})) as backend, proxy(backend) as p:
+        async with RawClient(p.port) as client:
+            for _ in range(4):
+                await client.send(head)  # in a segment of its own
+                await asyncio.sleep(0.02)
+                assert (await client.ask(body, "POST")).complete
+        assert [(seen.target, seen.body) for seen in backend.requests] == [(b"/up", body)] * 4
+
+
+INTERIM = [
+    b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n",
+    b"HTTP/1.1 102 Processing\r\nContent-Length: 0\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("before", [*INTERIM, b""])
+@pytest.mark.parametrize("line", [b"Content-Length: 2", b"content-length:2", b"Content-Length: 2 "])
+async def test_answers_in_any_segments_and_spelling_are_each_their_own(
+    before: bytes, line: bytes
+) -> None:
+    async def script(conn: BackendConn) -> None:
+        async for received in each_request(conn):
+            for piece in (before, b"HTTP/1.1 200 OK\r\n%b\r\nX-For: " % line):
+                await conn.send(piece)
+                await asyncio.sleep(0.005)
+            await conn.send(received.target + b"\r\n\r\n")
+            await asyncio.sleep(0.005)
+            await conn.send(b"ok")
+
+    async with RawBackend(script) as backend, proxy(backend) as p, RawClient(p.port) as client:
+        for n in range(6):
+            answer = await client.ask(request("GET", f"/{n}"), timeout=2)
+            assert (answer.header("X-For"), answer.body) == ([b"/%d" % n], b"ok")

@@ -9,6 +9,7 @@ import os
 import pytest
 
 from beacon_proxy.api import protocol
+from beacon_proxy.wire.wheel import Wheel
 
 from .kit import (
     OK,
@@ -236,3 +237,97 @@ async def test_exchange_that_takes_longer_than_a_connection_may_wait_is_left_alo
         RawClient(p.port) as client,
     ):
         assert (await client.ask(request("GET", "/files"))).body == b"ok"
+
+
+# -- what a review found
+
+
+@pytest.mark.parametrize("size", [132_000, 140_000, 180_000])
+async def test_body_larger_than_may_wait_does_not_leave_the_client_unread(size: int) -> None:
+    async with RawBackend(answer(OK)) as backend, proxy(backend) as p, RawClient(p.port) as client:
+        assert (await client.ask(request("POST", "/health", body=b"x" * size))).complete
+        assert (await client.ask(request("GET", "/files"), timeout=2)).body == b"ok"
+
+
+async def test_client_that_takes_no_answers_is_not_asked_for_more_requests() -> None:
+    """Whole answers were written whatever waited: 60 kB of memory for each 50 bytes asked."""
+    body = b"a" * 60_000
+    large = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    async with (
+        RawBackend(answer(large)) as backend,
+        proxy(backend) as p,
+        RawClient(p.port) as client,
+    ):
+        client.hold()
+        raw = b"".join(request("GET", f"/{n}") for n in range(400))
+        sending = asyncio.create_task(client.send(raw))
+        await asyncio.sleep(0.5)
+        [connection] = p.app._http.connections
+        assert connection.transport.get_write_buffer_size() < 1_000_000
+        assert len(backend.requests) < 300
+        client.unhold()
+        for _ in range(400):
+            assert len((await client.response()).body) == len(body)
+        await sending
+
+
+@pytest.mark.parametrize("count", [1, 12])
+async def test_client_that_leaves_is_noticed_whatever_it_sent_ahead(count: int) -> None:
+    async def mute(conn: BackendConn) -> None:
+        await conn.request()
+        await conn.wait_closed()
+
+    async with RawBackend(mute) as backend, proxy(backend) as p:
+        async with RawClient(p.port) as client:
+            await client.send(b"".join(request("GET", f"/{n}") for n in range(count)))
+            await eventually(lambda: backend.requests)
+        await eventually(lambda: p.in_flight() == 0, timeout=1)
+
+
+async def test_trailers_of_a_request_are_kept_nowhere() -> None:
+    head = b"POST /files HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with RawBackend(answer(OK)) as backend, proxy(backend) as p, RawClient(p.port) as client:
+        await client.send(head + b"%x\r\n%b\r\n0\r\n" % (len(BIG), BIG))
+        await client.send((b"A: " + b"b" * 1000 + b"\r\n") * 500)
+        await eventually(lambda: backend.requests)
+        [connection] = p.app._http.connections
+        assert connection._fields == []
+        await client.send(b"\r\n")
+        assert (await client.response("POST")).complete
+
+
+async def test_good_request_between_a_body_nobody_takes_and_garbage_is_answered() -> None:
+    async with RawBackend(answer(OK)) as backend, proxy(backend) as p, RawClient(p.port) as client:
+        await client.send(request("GET", "/health", body=b"x" * 100)[:-50])
+        assert (await client.response()).status == 200
+        await client.send(b"x" * 50 + request("GET", "/good") + b"garbage\r\n\r\n")
+        assert (await client.response()).body == b"ok"
+        assert (await client.response()).status == 400
+        assert [seen.target for seen in backend.requests] == [b"/good"]
+
+
+async def test_limit_that_fails_costs_no_other_its_own() -> None:
+    """The wheel forgot what lay in the same bucket as a thing that raised."""
+
+    class Thing:
+        def __init__(self, asked: list[Thing], *, raises: bool) -> None:
+            self.bucket: int | None = None
+            self.asked, self.raises = asked, raises
+
+        def expire(self, now: float) -> float | None:
+            self.asked.append(self)
+            if self.raises:
+                raise RuntimeError("no limit")
+            return None
+
+    loop = asyncio.get_running_loop()
+    told: list[dict[str, object]] = []
+    loop.set_exception_handler(lambda _, context: told.append(context))
+    wheel, asked = Wheel(loop), list[Thing]()
+    things = [Thing(asked, raises=n % 2 == 0) for n in range(6)]
+    when = loop.time() + 0.01
+    for thing in things:
+        wheel.add(thing, when)
+    await eventually(lambda: len(asked) == 6)
+    assert len(told) == 3
+    wheel.close()

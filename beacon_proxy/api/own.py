@@ -36,6 +36,8 @@ class OwnRoutes:
             assert connection.transport is not None
             guest = connection.guest = _Guest(self._server, connection, self._loop)
             guest.connection_made(connection.transport)
+            if connection.writing_paused:
+                guest.pause_writing()
         guest.data_received(_written_out(request))
 
 

@@ -39,7 +39,10 @@ FRAMING_FACTOR = 16  # bytes on the wire for each byte of a body: chunks of one 
 FRAMING_SPARE = 64 << 10  # bytes beside that
 FLUSH_LIMIT = 30.0  # s for the rest of an answer to leave a connection that is closing
 LINGER = 10.0  # s that the rest of a body may take when nobody wants it
-AHEAD_MOST = 8  # requests read ahead; to read none would hide from us that their client left
+# Requests read ahead, and bytes behind an upgrade. A client that sends more is not read, and that
+# it left is not noticed before its turn: few clients send any.
+AHEAD_MOST = 32
+BEHIND_MOST = 64 << 10
 HEAD_TIMEOUT = 75.0  # s to the end of a head, from the connect or from the last answer
 
 
@@ -137,7 +140,8 @@ def _check_size(fields: list[tuple[bytes, bytes]]) -> None:
         raise _TooLarge("the header section is too large")
 
 
-_BODY, _AHEAD = 1, 2  # why the client is not read: its body has no taker, or its turn has not come
+# Why a client is not read: its body has no taker, its turn has not come, it takes no answers.
+_BODY, _AHEAD, _SLOW = 1, 2, 4
 
 
 class ClientConnection(asyncio.Protocol):
@@ -217,7 +221,8 @@ class ClientConnection(asyncio.Protocol):
             return  # heard out, not understood
         elif self._behind is not None:
             self._behind += data
-            self._pause(_AHEAD)
+            if len(self._behind) > BEHIND_MOST:
+                self._pause(_AHEAD)
         else:
             self._parse(data)
 
@@ -250,6 +255,9 @@ class ClientConnection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.writing_paused = False
+        if self._paused & _SLOW:
+            self._resume(_SLOW)
+            self._go_on()
         if self.upstream is not None:
             self.upstream.resume_reading()
         if self.guest is not None:
@@ -294,7 +302,9 @@ class ClientConnection(asyncio.Protocol):
         head = request.head
         if head is None or not head.plain or request.target[:1] != b"/":
             return
-        if self._again.learn(request):
+        version = b" HTTP/1.1" if request.http11 else b" HTTP/1.0"
+        first = b"%b %b%b" % (request.method, request.target, version)
+        if self._again.learn(request, first, request.headers, head.length):
             head.mould(self._again.places)
 
     def _check_framing(self) -> None:
@@ -324,6 +334,8 @@ class ClientConnection(asyncio.Protocol):
             raise _TooLarge("the request line is too large")
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._receiving is not None:
+            return  # a trailer: RFC 9110 6.5.1 lets a gateway drop it
         self._fields.append((name, value.strip(b" \t")))
 
     def on_headers_complete(self) -> None:
@@ -384,6 +396,7 @@ class ClientConnection(asyncio.Protocol):
         if request is None or self.transport is None or self._successor is not None:
             self._close()
         elif request.upload.ended:
+            self._resume(_BODY)  # it may have ended with more than anyone took
             self._let_go(keep_alive)
         elif self._broken is not None:
             self._hear_out()
@@ -393,11 +406,11 @@ class ClientConnection(asyncio.Protocol):
             request.upload.discard()
 
     def _lingered(self) -> None:
-        if self._broken is not None:
+        if self._request is not None and self._request.upload.ended:
+            self._let_go(self._keeps)
+        elif self._broken is not None:
             self._request = None
             self._hear_out()
-        elif self._request is not None and self._request.upload.ended:
-            self._let_go(self._keeps)
 
     def _let_go(self, keep_alive: bool) -> None:
         """Be done with a request that was answered, and whose body has passed."""
@@ -409,6 +422,13 @@ class ClientConnection(asyncio.Protocol):
         self._limit_to(self._server.head_timeout)
         if request is not None and (self._again is None or self._again.new is not None):
             self._learn(request)
+        if self.writing_paused:
+            self._pause(_SLOW)  # who takes no answers is asked for no more requests
+        else:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Take up what came ahead, if anything did."""
         if self._queue:
             self._next()
             return
@@ -435,9 +455,9 @@ class ClientConnection(asyncio.Protocol):
         """Give every byte from here on, and what came behind the request, to `successor`."""
         self._successor = successor
         behind, self._behind = self._behind, None
+        self._resume(_AHEAD)
         if behind:
             successor.data_received(behind)
-        self._resume(_AHEAD)
 
     @property
     def idle(self) -> bool:

@@ -112,7 +112,7 @@ class LineWriter:
                     self._busy = False
                     self._written.notify_all()
                 self._closing.wait(PAUSE)
-            elif self._closed:
+            elif self._closed and not waiting:  # in this order: no line comes after the close
                 return
             else:
                 self._asleep = True

@@ -4,8 +4,9 @@ Who keeps a connection open says nearly the same head each time: of what SDKs an
 send, Content-Length differs from message to message, and at most an id or a trace beside it. To
 parse, sort and check a dozen fields anew is a sixth of what a small exchange costs.
 
-Theory. Let a message be *plain* if it is all in one read: a head, and a body of exactly as many
-bytes as its Content-Length says (or none, where there is no such field). Let its *mould* be the
+Theory. Let a message be *plain* if all of one read is this: the lines that the strict parser read,
+each spelled `Name: value` and ended by CRLF, an empty line, and a body of exactly as many bytes as
+its one Content-Length says (none, where the parser saw no such field). Let its *mould* be the
 bytes of its head without the digits of that number, and without the values of some fields that
 bear on nothing else (an id, a trace, whatever passes as it is). A mould that the strict parser and
 our own reading have accepted once on this connection is accepted again with any other digits, and
@@ -17,8 +18,9 @@ So for a plain message whose mould is known, what was read from the first is tru
 Rule 1: bytes are compared, never their meaning. One bit of difference goes to the parser.
 Rule 2: a mould is remembered by the connection it came on, and is forgotten with it: what one
 client sends (its key, say) can never be of use to another.
-Rule 3: only what was read without an exception is remembered; chunks, upgrades and whatever else
-changes a connection's state never are.
+Rule 3: what is remembered is written out anew from what was read, and must give the bytes that
+came, to the last one. So nothing can be learnt from a spelling that the parser reads in its own
+way, from an interim answer, or from bytes that belonged to another message.
 Rule 4: who never repeats a head is soon not asked any more.
 """
 
@@ -28,7 +30,8 @@ import re
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,9})\r\n")
+from ..contracts import Headers
+
 _VALUE = re.compile(rb"[!-~](?:[ -~]*[!-~])?")
 _HEAD_MOST = 8 << 10  # bytes; well below every limit of a head
 _MISSES = 8  # in a row, until no more is tried
@@ -40,7 +43,7 @@ class Again(Generic[T]):
     """What a connection remembers of the last plain message that came over it.
 
     Attributes:
-        new: the head of the message last looked at, where that is plain and not known.
+        new: the read last looked at, where it may be a message worth learning.
         places: which fields are no part of the mould; the first field is 0.
         values: of these fields, in the message last looked at.
         digits: the Content-Length of the message last looked at; b"": it has none.
@@ -85,11 +88,8 @@ class Again(Generic[T]):
         if self._known is not None and data.startswith(self._first) and self._fits(data):
             self._tries = _MISSES
             return self._known
-        end = data.find(b"\r\n\r\n")
-        if 0 <= end <= _HEAD_MOST:
-            found = _LENGTH.search(data, 0, end + 2)
-            if len(data) - end - 4 == (0 if found is None else int(found[1])):
-                self.new = data[:end]
+        if 0 <= data.find(b"\r\n\r\n") <= _HEAD_MOST:
+            self.new = data
         return None
 
     def _fits(self, data: bytes) -> bool:
@@ -111,26 +111,32 @@ class Again(Generic[T]):
         self.values, self.digits, self.body_at = values, digits, at
         return len(data) - at == (int(digits) if digits else 0)
 
-    def learn(self, known: T) -> bool:
-        """Remember what was read from the message last looked at, if it is plain."""
+    def learn(self, known: T, first: bytes, headers: Headers, length: int | None) -> bool:
+        """Remember what was read from the message last looked at, if it is plain.
+
+        Args:
+            first: its first line, written out from what the parser read.
+            headers: its fields, as the parser read them.
+            length: its Content-Length, as our own reading has it.
+
+        Returns whether it was learnt.
+        """
         new, self.new = self.new, None
         if new is None:
             return False
         self._tries -= 1
-        lines = new.split(b"\r\n")
-        breaks = len(lines) - 1
-        if new.count(b"\r") != breaks or new.count(b"\n") != breaks or not lines[0]:
-            return False  # a lone CR or LF, an empty line: not one line a field
-        if b"\r\n " in new or b"\r\n\t" in new:
-            return False  # a folded line
+        lines = [first, *[name + b": " + value for name, value in headers]]
+        head = b"\r\n".join([*lines, b"", b""])
+        at = [n for n, (name, _) in enumerate(headers) if name.lower() == b"content-length"]
+        said = b"%d" % length if length is not None else b""
+        spelled = [headers[n][1] for n in at] == ([said] if said else [])
+        if not spelled or not new.startswith(head) or len(new) - len(head) != (length or 0):
+            return False
         places = self._differing(lines)
-        found = _LENGTH.search(new + b"\r\n")
-        length = -1 if found is None else new.count(b"\r\n", 0, found.start())
-        if found is not None:
-            places.add(length)
+        places.update(at)
         self._lines, self._known = lines, known
         self.places = tuple(sorted(places))
-        self._length = -1 if found is None else self.places.index(length)
+        self._length = self.places.index(at[0]) if at else -1
         self._cast()
         return True
 

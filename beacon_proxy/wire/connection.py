@@ -226,11 +226,12 @@ class Connection(asyncio.Protocol):
 
     def _repeat(self, known: AnswerHead, again: Again[AnswerHead], data: bytes) -> None:
         """Take a whole answer whose head has been read before."""
-        answer, self._answer = self._answer, None
+        answer = self._answer
         assert answer is not None
         answer.on_head(known.again(again.digits), _LENGTH)
         if again.body_at < len(data):
             answer.on_piece(data[again.body_at :])
+        self._answer = None
         self._leave(self.uploaded and not self.closing)
         answer.on_complete(())
 
@@ -242,7 +243,8 @@ class Connection(asyncio.Protocol):
         if self._again is None:
             self._again = Again()
         elif head is not None and self._framing is _LENGTH:
-            self._again.learn(head)
+            first = head.line[:-2]
+            self._again.learn(head, first, head.headers, head.length)
 
     def eof_received(self) -> None:
         if self._tunnel is None and self._answer is not None:

@@ -164,9 +164,10 @@ class Upload:
             return
         self.framed = True
         self.chunked = chunked
-        if self._waiting and self._error is None:
+        size = self._waiting_size
+        if size and self._error is None and limits.kept.used + size <= limits.kept.limit:
             self._keep(self._take())
-        self.complete = self.ended
+        self.complete = self.ended and not self._waiting
 
     def _take(self) -> bytes:
         """All that waits."""

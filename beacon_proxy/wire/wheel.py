@@ -77,7 +77,12 @@ class Wheel:
             while self._order and self._order[0] * GRAIN <= now + 0.002:
                 for thing in self._buckets.pop(heappop(self._order)):
                     thing.bucket = None
-                    again = thing.expire(now)
+                    try:
+                        again = thing.expire(now)
+                    except Exception as exc:  # one thing's fault must not cost the others' limits
+                        told = {"message": "a limit was not kept", "exception": exc}
+                        self._loop.call_exception_handler(told)
+                        continue
                     if again is not None:
                         self.add(thing, max(again, now + GRAIN))
         finally:
