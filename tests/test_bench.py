@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+if sys.platform != "linux":
+    pytest.skip("the bench pins processes to cores, and reads /proc", allow_module_level=True)
+
 from bench import bodies, contenders, modes, peers, report, results, runs, soak, targets, work
 from bench import load as loads
 from bench.account import Sent, account, in_flight, read_record
@@ -593,8 +596,25 @@ def test_peers_when_the_version_is_there_are_not_installed(
     (tmp_path / f"vllm/lib/python3.11/site-packages/vllm_router-{version}.dist-info").mkdir(
         parents=True
     )
+    (tmp_path / "vllm/bin").mkdir()
+    (tmp_path / "vllm/bin/python").symlink_to(sys.executable)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("installs"))
     assert peers.find("vllm", "vllm-router") == tmp_path / "vllm/bin/vllm-router"
+
+
+def test_peers_that_another_python_installed_are_installed_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in Python is to run on the same one as we: its build is worth a quarter."""
+    monkeypatch.setattr(peers, "FOLDER", tmp_path)
+    packages = tmp_path / "vllm/lib/python3.11/site-packages"
+    (packages / f"vllm_router-{peers.version('vllm')}.dist-info").mkdir(parents=True)
+    (tmp_path / "vllm/bin").mkdir()
+    (tmp_path / "vllm/bin/python").symlink_to("/bin/sh")
+    installed: list[Any] = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: installed.append(command))
+    peers.find("vllm", "vllm-router")
+    assert installed
 
 
 def test_peers_when_one_cannot_be_installed_leave_no_half_of_it(

@@ -255,7 +255,7 @@ class ClientConnection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.writing_paused = False
-        if self._paused & _SLOW:
+        if self._paused & _SLOW and not self._closing:
             self._resume(_SLOW)
             self._go_on()
         if self.upstream is not None:
@@ -491,7 +491,7 @@ class ClientConnection(asyncio.Protocol):
         transport = self.transport
         if transport is None or transport.is_closing():
             return
-        self._resume(_BODY | _AHEAD)
+        self._resume(_BODY | _AHEAD | _SLOW)
         self._limit_to(LINGER)
         transport.write_eof()
 
