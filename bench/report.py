@@ -107,13 +107,20 @@ def _targets(verdicts: list[Verdict]) -> Iterator[str]:
         unit = _unit(verdict)
         reached = "not measured"
         if verdict.value is not None:
-            reached = f"{number(verdict.value)} {unit}"
+            reached = f"{_value(verdict)} {unit}"
         if verdict.flawed:
             reached += ", with errors"
         if verdict.theirs is not None:
             reached += f" ({number(verdict.ours)} / {number(verdict.theirs)})"
         cells = (target.mode, target.text, f"≤ {number(target.limit)} {unit}", reached)
         yield f"| {' | '.join(cell.rstrip() for cell in cells)} | {'✓' if verdict.met else '✗'} |"
+
+
+def _value(verdict: Verdict) -> str:
+    """Its value, with a digit more where it would look like the limit that it misses."""
+    value, limit = verdict.value or 0.0, verdict.target.limit
+    text = number(value)
+    return f"{value:.4g}" if text == number(limit) and value != limit else text
 
 
 def _unit(verdict: Verdict) -> str:
@@ -179,7 +186,7 @@ def _short(results: Results) -> Iterator[str]:
 
 def _missed(verdict: Verdict) -> str:
     target = verdict.target
-    value = f"{number(verdict.value or 0.0)} {_unit(verdict)}".rstrip()
+    value = f"{_value(verdict)} {_unit(verdict)}".rstrip()
     with_errors = ", with errors" if verdict.flawed else ""
     return f"{target.text} {value}{with_errors}, not {number(target.limit)}"
 
