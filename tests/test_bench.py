@@ -605,7 +605,7 @@ def test_peers_when_the_version_is_there_are_not_installed(
 def test_peers_that_another_python_installed_are_installed_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is in Python is to run on the same one as we: its build is worth a quarter."""
+    """What is in Python is to run on the same one as we: builds differ in what they cost."""
     monkeypatch.setattr(peers, "FOLDER", tmp_path)
     packages = tmp_path / "vllm/lib/python3.11/site-packages"
     (packages / f"vllm_router-{peers.version('vllm')}.dist-info").mkdir(parents=True)

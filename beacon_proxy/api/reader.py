@@ -10,7 +10,6 @@ import orjson
 
 from ..contracts import Backend, Fault, Headers, Provider, Reading
 from ..wire.answer import Answer
-from ..wire.expect import is_event_stream
 from ..wire.relay import ClientSink
 
 ANSWER_CAP = 16 << 20  # bytes of a backend's answer, and of one event
@@ -50,9 +49,7 @@ class Reader:
         self._rest, self.problem, self.reading = b"", None, Reading()
         self._texts, self._size = [], 0
         good = (answer.status or 0) < 300
-        self._events = good and is_event_stream(
-            (answer.head.content_type if answer.head else None) or b""
-        )
+        self._events = good and answer.head is not None and answer.head.events
 
     def write(self, data: bytes) -> None:
         self._size += len(data)

@@ -6,7 +6,6 @@ from enum import Enum, StrEnum
 
 from .dialects import Shape
 from .headers import AnswerHead
-from .headers import is_event_stream as is_event_stream
 
 HOLD_CAP = 1 << 20  # bytes held before an answer is passed on unjudged
 GRACE = 0.2  # s after the head
