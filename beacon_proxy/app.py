@@ -27,6 +27,7 @@ from .routing.attempt import Wire
 from .routing.chain import Chain
 from .routing.fleet import Fleet
 from .routing.pipeline import Pipeline
+from .wire.carried import Carriers
 from .wire.pool import Pool
 from .wire.upload import BodyLimits, Kept
 from .wire.wheel import Wheel
@@ -63,6 +64,7 @@ class App:
         self._http: ClientServer | None = None
         self._wheel: Wheel | None = None
         self._pool: Pool | None = None
+        self._carriers = Carriers()
         self.port = 0
         self.draining = self.cutting = False
         self.started_unix = time.time()
@@ -89,9 +91,8 @@ class App:
         self._wheel = Wheel(loop)
         self._pool = Pool(loop, self._wheel)
         chain = Chain.of(self._middlewares())
-        self.pipeline = Pipeline(
-            self.fleet, chain, Wire(loop, self._wheel, self._pool), self.telemetry
-        )
+        wire = Wire(loop, self._wheel, self._pool, self._carriers)
+        self.pipeline = Pipeline(self.fleet, chain, wire, self.telemetry)
         self._http = ClientServer(
             self._api(loop), loop, self._wheel, head_timeout=self._head_timeout
         )
@@ -171,6 +172,7 @@ class App:
         await asyncio.sleep(0.01)  # for them to end as what they are
         self._http.abort()
         await asyncio.sleep(0)  # for the transports to tell so
+        await self._carriers.close()  # jobs are still being stopped
         await self._stack.aclose()
         if self._pool is not None and self._wheel is not None:
             self._pool.close()

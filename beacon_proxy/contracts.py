@@ -14,9 +14,10 @@ bytes; money is USD.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import inf
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, dataclass_transform
@@ -97,6 +98,15 @@ class Fault(StrEnum):
     CLIENT_CLOSED = "client_closed"
 
 
+class Warmth(StrEnum):
+    """Whether a backend has its model in memory, as far as that is known without asking for it."""
+
+    WARM = "warm"
+    COLD = "cold"  # scaled to zero or unloaded: the next request pays for a start
+    WARMING = "warming"  # it said that it is starting
+    UNKNOWN = "unknown"
+
+
 class End(StrEnum):
     """How an exchange ended: exactly one of these, always."""
 
@@ -114,6 +124,17 @@ class Timeouts:
     document: float = 600.0  # s, a whole answer that is not streamed
     idle: float = 60.0  # s, between two pieces, either way
     total: float = 0.0  # s, the whole exchange
+    cold_start: float = 0.0  # s, first_content while not known to be warm; 0: no other limit
+
+    def while_cold(self) -> Timeouts:
+        """The limits of an attempt at a backend that may have to start first."""
+        if not self.cold_start:
+            return self
+        longer = {
+            name: max(getattr(self, name), self.cold_start) if getattr(self, name) else 0.0
+            for name in ("first_content", "document")
+        }
+        return replace(self, **longer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +150,8 @@ class Backend:
     base_path: str = ""  # no trailing slash
     region: str = ""  # canonical
     pool: str = "burst"  # baseline | burst
-    price_per_second: float = 0.0  # USD
+    price_per_second: float = 0.0  # USD that a second of work costs more than a second of none
+    idle_price_per_second: float = 0.0  # USD, paid busy or idle (rented)
     max_in_flight: int = 8
     models: frozenset[str] | None = None  # canonical names as configured; None: ask, else any
     model_names: tuple[str, ...] = ()  # the same as configured
@@ -137,8 +159,46 @@ class Backend:
     kind: str = "auto"
     headers: Headers = field(default=(), repr=False)  # added to each request to this backend
     timeouts: Timeouts = Timeouts()
+    cold_timeouts: Timeouts | None = None  # while not known to be warm; None: as `timeouts`
+    stays_warm: float = inf  # s after an answer; from then on it is held to be cold
     tls_verify: bool = True
     tls_ca_file: str | None = None
+    control_url: str = ""  # where free health lives; "": derived by the provider
+    aliases: tuple[tuple[str, str], ...] = ()  # a client's name of a model: this backend's
+    joined: float = 0.0  # monotonic s at which discovery found it; 0: it was there from the start
+
+
+class ColdStarts:
+    """What the last cold starts of one backend took."""
+
+    __slots__ = ("_last",)
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=64)
+
+    def __len__(self) -> int:
+        return len(self._last)
+
+    def note(self, seconds: float) -> None:
+        self._last.append(seconds)
+
+    def quantile(self, q: float) -> float | None:
+        """Seconds, by the nearest rank; None while none was seen."""
+        ranked = sorted(self._last)
+        return ranked[min(int(q * len(ranked)), len(ranked) - 1)] if ranked else None
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a provider tells of a backend's workers; None: it does not say."""
+
+    running: int | None = None  # workers with the model in memory
+    idle: int | None = None  # scaled down: free of cost, and to be started
+    starting: int | None = None
+    throttled: int | None = None  # wanted, but their host has no free GPU
+    unhealthy: int | None = None
+    queued: int | None = None  # requests that wait for a worker
+    room: int | None = None  # further requests that would run at once
 
 
 @dataclass(slots=True)
@@ -155,11 +215,22 @@ class Live:
     check_latency: float | None = None  # s
     models: frozenset[str] | None = None  # canonical names it was found to serve; None: not known
     model_names: tuple[str, ...] = ()  # the same as the backend spells them
+    hot: frozenset[str] | None = None  # canonical names it has in memory; None: not known
+    capacity: Capacity | None = None  # as its provider last told
+    warmth: Warmth = Warmth.UNKNOWN  # as last learnt; `warmth_at` says what holds now
+    warmth_until: float = inf  # monotonic s: how long that is believed
+    cold_starts: ColdStarts = field(default_factory=ColdStarts)
     lacking: dict[str, float] = field(default_factory=dict)  # model it said it lacks: until (s)
     latency: float | None = None  # s, moving average of the first-content time of good attempts
     duration: float = 0.0  # s, moving average of the whole time of good attempts
     success: float = 1.0  # 0..1, moving average over good attempts and strikes
     last_used: float = 0.0  # monotonic s of the last outcome
+
+    def warmth_at(self, now: float) -> Warmth:
+        """Whether it is warm now: who was warm and heard nothing for long is held to be cold."""
+        if now < self.warmth_until:
+            return self.warmth
+        return Warmth.COLD if self.warmth is Warmth.WARM else Warmth.UNKNOWN
 
 
 @dataclass(slots=True)
@@ -214,6 +285,7 @@ class Outcome:
     bytes_in: int = 0  # body bytes of the answer
     usage: Usage | None = None
     detail: str = ""  # for the log; no body, no credential
+    cold_start: float | None = None  # s that the backend took to start, where it had to
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +321,7 @@ class Exchange:
     deadline: float | None = None  # monotonic s
     max_price: float | None = None  # USD
     trace_id: str | None = None
+    session: str | None = None  # what the client calls its conversation, for affinity
     prompt: Prompt | None = None  # set on the translated route alone
     deadline_is_ours: bool = False  # set by the proxy, not by the client
     attempts: list[Outcome] = field(default_factory=list)
@@ -312,6 +385,12 @@ class Check:
     fault: Fault | None = None
     retry_after: float | None = None  # s
     detail: str = ""
+    warmth: Warmth | None = None  # None: it cannot tell
+    capacity: Capacity | None = None
+    hot: tuple[str, ...] | None = None  # models in memory, as the backend spells them
+    kind: str | None = (
+        None  # which of its provider's kinds a backend of kind `auto` was found to be
+    )
 
 
 class Fleet(Protocol):
@@ -393,11 +472,134 @@ class Reading:
     extra: Mapping[str, Any] = field(default_factory=dict)  # receipts and the like, for `metadata`
 
 
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """What an answer that is not yet the answer asks for; see `Hops`."""
+
+    target: bytes | None = None  # of a GET on the same backend; None: the same request once more
+    delay: float = 0.0  # s to wait before
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One request, for a provider that takes it to its backend by an API of its own."""
+
+    id: str
+    method: str
+    path: str
+    target: bytes  # as the client sent it
+    headers: Headers  # of the client, less hop-by-hop and hints
+    body: bytes  # whole
+    dialect: Dialect
+    stream: bool
+    prompt: Prompt | None  # of the translated route: then the rest of the request is not used
+    deadline: float  # monotonic s; inf: none
+    patience: float  # s that it may take until the first content, a cold start included; inf: any
+
+
+class Reply(Protocol):
+    """The answer that a provider's own transport puts together, as HTTP would have brought it.
+
+    It is judged, held and relayed like any other. Exactly one of `end` and `fail` is called; after
+    either, and once nobody wants the answer any more, the calls do nothing.
+    """
+
+    def head(self, status: int, headers: Headers) -> None:
+        """The status and the fields, before any piece; without Content-Length it is chunked."""
+        ...
+
+    def piece(self, data: bytes) -> None: ...
+
+    def end(self) -> None: ...
+
+    def fail(self, fault: Fault, detail: str = "") -> None:
+        """There is no answer, or no more of it; `detail` is for the log."""
+        ...
+
+    async def room(self) -> None:
+        """Wait while the client takes nothing; to be awaited between two pieces."""
+        ...
+
+    def waking(self) -> None:
+        """The backend is not warm, as was believed: the limits of a cold start hold."""
+        ...
+
+    def started_cold(self, seconds: float) -> None:
+        """The provider says how long the request waited for the backend to start."""
+        ...
+
+
+class Carries(Protocol):
+    """A provider with a transport of its own, such as a queue of jobs."""
+
+    def carries(self, backend: Backend) -> bool:
+        """Whether this backend is reached by `carry`; else the core speaks HTTP to it."""
+        ...
+
+    async def carry(
+        self,
+        backend: Backend,
+        submission: Submission,
+        reply: Reply,
+        session: aiohttp.ClientSession,
+    ) -> None:
+        """Take one request to the backend and put its answer into `reply`.
+
+        Cancelled when nobody wants the answer any more, or a limit ran out: then there are
+        `CLEAN_UP` seconds to stop the work at the backend before the cancellation goes on.
+        aiohttp's errors and OSError may pass through; they become the fault they tell of.
+        """
+        ...
+
+
+CLEAN_UP = 5.0  # s
+
+
+class Hops(Protocol):
+    """A provider whose answers may say where, or when, the real answer is to be had."""
+
+    def hop(
+        self, backend: Backend, status: int, headers: Headers, body: bytes, target: bytes, hops: int
+    ) -> Hop | None:
+        """What to do before this answer counts as one; None: it counts.
+
+        Asked for answers of status 300 and above that are not yet passed on. `target` is what was
+        asked for last, `hops` how often this request has hopped. The same request is repeated only
+        where it may be and no other candidate is known to be warm.
+        """
+        ...
+
+
+class Fields(Protocol):
+    """A provider that adds header fields to some requests."""
+
+    def fields(self, backend: Backend, exchange: Exchange) -> Headers:
+        """Fields that replace the client's of the same names, for this request."""
+        ...
+
+
+class Takes(Protocol):
+    """A provider whose backends cannot take every request."""
+
+    def takes(self, backend: Backend, exchange: Exchange) -> bool:
+        """Whether this backend is a candidate for the exchange at all."""
+        ...
+
+
+class Wakes(Protocol):
+    """A provider whose `check` may reach the backend itself."""
+
+    def wakes(self, backend: Backend) -> bool:
+        """Whether `check` would start it: then it is asked only while traffic keeps it warm."""
+        ...
+
+
 class Provider(Protocol):
     """A family of backends. One object a process; it holds no state of a request.
 
-    Two more hooks are planned and looked up by name, as the phases of a middleware are, so that a
-    provider without them stays valid: a transport of its own (job queues, 303 hops) and discovery.
+    What it may have beside, each looked up by name as the phases of a middleware are: the methods
+    of `Carries`, `Hops`, `Fields`, `Takes` and `Wakes`, and two numbers, `cold_start` (s that its
+    backends may take to start) and `stays_warm` (s after an answer that they surely stay warm).
     """
 
     name: str

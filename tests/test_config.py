@@ -34,6 +34,7 @@ def test_settings_when_nothing_is_given_are_the_documented_defaults() -> None:
         "document": 600,
         "idle": 60,
         "total": 0,
+        "cold_start": None,
     }
     assert settings.ledger.model_dump() == {
         "path": "beacon.db",

@@ -8,6 +8,7 @@ it has the key, else from the environment by way of each provider.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,8 @@ def resolve_backends(settings: Settings, plugins: Plugins) -> tuple[Backend, ...
 def _backend(row: BackendSettings, provider: Provider, settings: Settings) -> Backend:
     scheme, host, port, base_path = split_url(row.url)
     price = row.price_per_second
+    timeouts = _timeouts(row, provider, settings.timeouts)
+    stays_warm = getattr(provider, "stays_warm", inf) if row.stays_warm is None else row.stays_warm
     return Backend(
         name=row.name,
         provider=row.provider,
@@ -196,9 +199,13 @@ def _backend(row: BackendSettings, provider: Provider, settings: Settings) -> Ba
         api_key=row.api_key.get_secret_value() if row.api_key else "",
         kind=row.kind if row.kind in provider.kinds else provider.kinds[0],
         headers=_headers(row),
-        timeouts=_timeouts(row, settings.timeouts),
+        timeouts=timeouts,
+        cold_timeouts=timeouts.while_cold() if timeouts.cold_start else None,
+        stays_warm=stays_warm,
         tls_verify=row.tls.verify,
         tls_ca_file=row.tls.ca_file,
+        control_url=(row.control_url or "").rstrip("/"),
+        aliases=tuple(row.aliases.items()),
     )
 
 
@@ -209,6 +216,7 @@ def _headers(row: BackendSettings) -> Headers:
     )
 
 
-def _timeouts(row: BackendSettings, common: TimeoutSettings) -> Timeouts:
-    own = row.timeouts.model_dump(exclude_none=True)
-    return Timeouts(**{**common.model_dump(), **own})
+def _timeouts(row: BackendSettings, provider: Provider, common: TimeoutSettings) -> Timeouts:
+    usual = {"cold_start": getattr(provider, "cold_start", 0.0)}
+    shared, own = (each.model_dump(exclude_none=True) for each in (common, row.timeouts))
+    return Timeouts(**{**usual, **shared, **own})

@@ -33,6 +33,9 @@ class BackendTimeouts(Section):
     document: NotNegative | None = Field(default=None, description="s; default: timeouts.document")
     idle: NotNegative | None = Field(default=None, description="s; default: timeouts.idle")
     total: NotNegative | None = Field(default=None, description="s; default: timeouts.total")
+    cold_start: NotNegative | None = Field(
+        default=None, description="s; default: timeouts.cold_start"
+    )
 
 
 class Tls(Section):
@@ -102,6 +105,12 @@ class BackendSettings(Section):
         default=BackendTimeouts(), description="limits that differ for this backend"
     )
     tls: Tls = Field(default=Tls(), description="how its certificate is checked")
+    stays_warm: Positive | None = Field(
+        default=None,
+        description="s after an answer that it is surely still warm; default by provider:"
+        " runpod 5, modal 60, golem 300",
+        examples=[60],
+    )
     control_url: Url | None = Field(
         default=None,
         description="where free health lives; default: derived from url",

@@ -53,6 +53,11 @@ class TimeoutSettings(Section):
     )
     idle: NotNegative = Field(default=60.0, description="s between two pieces, either way; 0: none")
     total: NotNegative = Field(default=0.0, description="s for the whole exchange; 0: none")
+    cold_start: NotNegative | None = Field(
+        default=None,
+        description="s to the first content while a backend is not known to be warm; default by"
+        " provider: modal and runpod 600, golem 300; 0: no other limit",
+    )
 
 
 class MiddlewareEntry(Section):

@@ -3,23 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from math import inf
 from time import monotonic
 
-from ..contracts import Backend, Candidate, Exchange, Fault, Outcome, Provider, Stage, Verdict
+from ..contracts import (
+    Backend,
+    Candidate,
+    Exchange,
+    Fault,
+    Headers,
+    Hop,
+    Outcome,
+    Provider,
+    Stage,
+    Verdict,
+    Warmth,
+)
 from ..errors import ProxyError, UpstreamError
-from ..wire.answer import Answer
+from ..wire.answer import Answer, Flow
+from ..wire.carried import Carried, Carriers
 from ..wire.connection import Connection
+from ..wire.dialects import Shape
 from ..wire.pool import Pool
 from ..wire.request import Outgoing, Source
 from ..wire.upload import ClientGone, Upload
 from ..wire.wheel import Wheel
+from .hooks import NO_HOOKS, Hooks
 from .judge import Judgement, of_fault
 
 # Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
 _NEUTRAL, _STRIKE = Verdict.NEUTRAL, Verdict.STRIKE
 _DEADLINE, _CONNECT = Fault.DEADLINE, Stage.CONNECT
+_WARM, _UNKNOWN = Warmth.WARM, Warmth.UNKNOWN
+
+HOPS_MOST = 100  # of one attempt; Modal's own cut is one every 150 s
+BROKEN_MOST = 3  # connections in a row that break while the result of a hop is waited for
+_CUT = (Fault.CLOSED, Fault.RESET)
+
+
+AskHop = Callable[[Backend, int, Headers, bytes, bytes, int], Hop | None]
 
 
 @dataclass(slots=True)
@@ -29,6 +53,7 @@ class Wire:
     loop: asyncio.AbstractEventLoop
     wheel: Wheel
     pool: Pool
+    carriers: Carriers = field(default_factory=Carriers)
 
 
 class Attempt:
@@ -43,9 +68,12 @@ class Attempt:
     __slots__ = (
         "_connection",
         "_exchange",
+        "_hooks",
+        "_patience",
         "_provider",
         "_upload_of",
         "_uploading",
+        "_was",
         "_wire",
         "answer",
         "backend",
@@ -58,12 +86,18 @@ class Attempt:
     )
 
     def __init__(
-        self, wire: Wire, exchange: Exchange, candidate: Candidate, provider: Provider
+        self,
+        wire: Wire,
+        exchange: Exchange,
+        candidate: Candidate,
+        provider: Provider,
+        hooks: Hooks = NO_HOOKS,
     ) -> None:
         self._wire = wire
         self._exchange = exchange
         self._provider = provider
-        self._connection: Connection | None = None
+        self._hooks = hooks
+        self._connection: Connection | Carried | None = None
         self._uploading: asyncio.Task[None] | None = None
         self._upload_of: Upload | None = None
         self.candidate = candidate
@@ -73,7 +107,12 @@ class Attempt:
         self.last = _NOTHING_YET
         self.sent = False
         self.number = len(exchange.attempts) + 1
-        self.started = monotonic()
+        self.started = now = monotonic()
+        backend = candidate.backend
+        self._patience = backend.timeouts
+        self._was = candidate.live.warmth_at(now)
+        if self._was is not _WARM and backend.cold_timeouts is not None:
+            self._patience = backend.cold_timeouts
 
     async def open(self, source: Source, *, lone: bool) -> None:
         """Return when the answer can be judged, or `error` says why there is none.
@@ -82,13 +121,28 @@ class Attempt:
         request goes once more over a fresh one (RFC 9110 9.2.2). A request that may not be repeated
         is never put on an idle connection.
         """
-        exchange = self._exchange
         self._upload_of = source.upload
+        hooks = self._hooks
+        if hooks.carry is not None and hooks.carries is not None and hooks.carries(self.backend):
+            await self._carry(source, lone)
+            return
         try:
-            outgoing = source.outgoing(self.candidate, self._provider)
+            outgoing = source.outgoing(self.candidate, self._provider, hooks.fields)
         except ProxyError as exc:
             self.error = exc.with_traceback(None)
             return
+        await self._ask(outgoing, source.upload, source.upgrade, lone)
+
+    async def _ask(
+        self,
+        outgoing: Outgoing,
+        upload: Upload | None,
+        upgrade: bool,
+        lone: bool,
+        since: float | None = None,
+    ) -> None:
+        """Send one request; its limits count from `since` (monotonic s), or from now."""
+        exchange = self._exchange
         connection = self._wire.pool.take(self.backend) if exchange.may_repeat else None
         while True:
             fresh = connection is None
@@ -98,16 +152,111 @@ class Attempt:
                 except UpstreamError as exc:
                     self.error = exc.with_traceback(None)
                     return
-            answer = self._send(connection, outgoing, source, lone)
+            answer = self._send(connection, outgoing, upload, upgrade, lone)
+            if since is not None:
+                answer.relax(self._patience, since)
             while not answer.decided:
                 await answer.next_step()
             if answer.fault is None:
                 return
-            stale = answer.fault in (Fault.CLOSED, Fault.RESET) and not connection.answered
-            if fresh or not stale or not _can_repeat(source.upload):
+            stale = answer.fault in _CUT and not connection.answered
+            if fresh or not stale or not _can_repeat(upload):
                 return
             self._stop_upload()
             connection = None
+
+    async def follow(
+        self, source: Source, ask_hop: AskHop, lone: bool, warm_elsewhere: Callable[[], bool]
+    ) -> None:
+        """Go where, or ask again when, the answer says that the real one is to be had.
+
+        The limits count from the first request: to a client it is all one wait. What is being
+        computed behind a result's address is asked for again where a connection breaks, for
+        another backend would do the same paid work a second time.
+        """
+        exchange, backend = self._exchange, self.backend
+        first = self.answer.sent_at if self.answer is not None else self.started
+        asked: bytes | None = None  # the result's address, once it is known
+        broken = 0
+        for hops in range(HOPS_MOST):
+            answer = self.answer
+            if self.error is not None or answer is None or answer.fault is not None:
+                cut = self.error is not None or (answer is not None and answer.fault in _CUT)
+                if asked is None or not cut or broken == BROKEN_MOST:
+                    return
+                broken += 1
+                hop: Hop | None = Hop(asked, 0.1 * 4**broken)
+            else:
+                broken = 0
+                head = answer.head
+                if head is None or head.status < 300:
+                    return
+                body, target = answer.body(), asked or exchange.target
+                hop = ask_hop(backend, head.status, head.headers, body, target, hops)
+            if hop is None:
+                return
+            again = hop.target is None
+            if again and (not self._may_ask_again(source.upload) or warm_elsewhere()):
+                return
+            self._patience = backend.cold_timeouts or backend.timeouts
+            if monotonic() + hop.delay >= self._ends(first, source, again):
+                return
+            self._let_go()
+            if hop.delay > 0:
+                await asyncio.sleep(hop.delay)
+            self.error = None
+            provider, fields_of, candidate = self._provider, self._hooks.fields, self.candidate
+            if hop.target is None:
+                outgoing = source.outgoing(candidate, provider, fields_of)
+                await self._ask(outgoing, source.upload, False, lone, first)
+            else:
+                asked = hop.target
+                outgoing = source.following(candidate, provider, fields_of, asked)
+                await self._ask(outgoing, None, False, lone, first)
+
+    def _may_ask_again(self, upload: Upload | None) -> bool:
+        return self._exchange.may_repeat and _can_repeat(upload)
+
+    def _ends(self, first: float, source: Source, again: bool) -> float:
+        """When hopping must be over: an answer that says no more than `later` stands then."""
+        exchange, limits = self._exchange, self._patience
+        whole = exchange.inference and not exchange.stream and not again
+        limit = limits.document if whole else limits.first_content
+        return min(exchange.ends_on(self.backend), first + limit if limit else inf)
+
+    def _let_go(self) -> None:
+        """Give up what is left of an answer that is not the last one."""
+        self._stop_upload()
+        if self.answer is not None and not self.answer.ended:
+            self.answer.abandon()
+
+    async def _carry(self, source: Source, lone: bool) -> None:
+        """Let the provider take the request there; it needs the whole body for that."""
+        exchange, backend, carry = self._exchange, self.backend, self._hooks.carry
+        assert carry is not None
+        upload, deadline = source.upload, exchange.ends_on(backend)
+        body = b""
+        patience = self._patience.first_content or inf
+        try:
+            if upload is not None:
+                whole = upload.body
+                body = whole if whole is not None else b"".join([p async for p in upload.pieces()])
+            submission = source.submission(self.candidate, body, deadline, patience)
+        except ProxyError as exc:
+            self.error = exc.with_traceback(None)
+            return
+        self.answer = answer = self._expect(source.shape, exchange.stream, False, lone)
+        carried = Carried(self._wire.loop, self._wire.wheel, answer, backend.cold_timeouts)
+        self._connection = carried
+        self.sent = True
+        session = self._hooks.session(backend)
+        carried.start(
+            self._wire.carriers,
+            lambda reply: carry(backend, submission, reply, session),
+            f"carry {exchange.id}",
+        )
+        while not answer.decided:
+            await answer.next_step()
 
     def _answer_by(self, lone: bool) -> float:
         """Where the limit is ours and another could answer: half of what is left is for it."""
@@ -127,23 +276,15 @@ class Attempt:
             raise UpstreamError(_DEADLINE, _CONNECT, "the deadline ran out") from exc
 
     def _send(
-        self, connection: Connection, outgoing: Outgoing, source: Source, lone: bool
+        self,
+        connection: Connection,
+        outgoing: Outgoing,
+        upload: Upload | None,
+        upgrade: bool,
+        lone: bool,
     ) -> Answer:
-        exchange, upload = self._exchange, source.upload
         self._connection = connection
-        # By position: a class called by keywords takes two and a half times as long (3.11).
-        self.answer = answer = Answer(
-            self._wire.loop,
-            self.backend.timeouts,
-            outgoing.shape,
-            exchange.inference,
-            outgoing.stream,
-            exchange.method == "HEAD",
-            source.upgrade,
-            exchange.ends_on(self.backend),
-            self._answer_by(lone) if exchange.deadline_is_ours else inf,
-            lone,
-        )
+        self.answer = answer = self._expect(outgoing.shape, outgoing.stream, upgrade, lone)
         self.sent = True
         body = outgoing.body
         if body is not None:
@@ -154,9 +295,25 @@ class Attempt:
             assert upload is not None
             connection.start(answer, outgoing.head, True)
             self._uploading = asyncio.create_task(
-                self._upload(connection, upload, answer), name=f"upload {exchange.id}"
+                self._upload(connection, upload, answer), name=f"upload {self._exchange.id}"
             )
         return answer
+
+    def _expect(self, shape: Shape, stream: bool, upgrade: bool, lone: bool) -> Answer:
+        exchange = self._exchange
+        # By position: a class called by keywords takes two and a half times as long (3.11).
+        return Answer(
+            self._wire.loop,
+            self._patience,
+            shape,
+            exchange.inference,
+            stream,
+            exchange.method == "HEAD",
+            upgrade,
+            exchange.ends_on(self.backend),
+            self._answer_by(lone) if exchange.deadline_is_ours else inf,
+            lone,
+        )
 
     async def _upload(self, connection: Connection, upload: Upload, answer: Answer) -> None:
         """Pass the body on as it comes, at the pace of the slower side."""
@@ -192,12 +349,13 @@ class Attempt:
 
     def tunnel(self, client: asyncio.Transport) -> Connection:
         """Join the client's transport and the backend's (after a 101)."""
-        assert self._connection is not None
-        self._connection.tunnel(client)
-        return self._connection
+        connection = self._connection
+        assert isinstance(connection, Connection)
+        connection.tunnel(client)
+        return connection
 
     @property
-    def flow(self) -> Connection | None:
+    def flow(self) -> Flow | None:
         """The connection under the answer, for back-pressure."""
         return self._connection
 
@@ -244,6 +402,8 @@ class Attempt:
                 ttft -= self.started
             if answer.watch is not None:
                 usage = answer.watch.usage()
+                if answer.cold_start is None:
+                    answer.cold_start = answer.watch.load()
         return Outcome(
             self.backend,
             self.number,
@@ -261,7 +421,16 @@ class Attempt:
             size,
             usage,
             detail,
+            self._cold_start(ttft),
         )
+
+    def _cold_start(self, ttft: float | None) -> float | None:
+        """What a start cost, by who knows it best: the backend, its provider, or our own clock."""
+        answer = self.answer
+        if answer is not None and answer.cold_start is not None:
+            return answer.cold_start
+        # Who was never asked before may have been warm all along.
+        return ttft if self._was is not _WARM and self._was is not _UNKNOWN else None
 
     def _waited_out(self, now: float) -> bool:
         """Whether the backend had its fair part of a limit that is ours, not the client's."""

@@ -16,10 +16,12 @@ from ..contracts import (
     Permit,
     Provider,
     Stage,
+    Warmth,
 )
 from ..errors import Limited, NoBackend, Overloaded, UpstreamError
 from .chain import Chain
 from .fleet import Fleet
+from .hooks import Hooks
 from .queue import Place, Queue
 
 
@@ -29,6 +31,7 @@ class Choice:
 
     candidate: Candidate
     provider: Provider
+    hooks: Hooks
     permits: list[Permit]  # to be released, each once
     spare: int  # other candidates that stand ready
 
@@ -58,6 +61,8 @@ class Chooser:
             Limited: none is expected to stay within the client's own price limit.
         """
         candidates: Candidates = self._fleet.serving(model, tried)
+        if self._fleet.choosy:
+            candidates = self._fleet.taking(exchange, candidates)
         if exchange.max_price is not None:
             limit, typical = exchange.max_price, self._fleet.typical_duration()
             candidates = [c for c in candidates if _estimate(c, typical) <= limit]
@@ -157,9 +162,20 @@ class Chooser:
                 for other in plan:
                     if other.last_resort:
                         spare -= 1
-                return Choice(candidate, self._fleet.providers[backend.provider], permits, spare)
+                fleet, name = self._fleet, backend.provider
+                return Choice(candidate, fleet.providers[name], fleet.hooks[name], permits, spare)
             _release(permits)
         return None
+
+    def warm_elsewhere(self, exchange: Exchange, model: str | None, tried: Collection[str]) -> bool:
+        """Whether another candidate stands ready that need not start first, as far as is known."""
+        now = self._fleet.now()
+        for candidate in self.plan(exchange, model, tried):
+            warmth = candidate.live.warmth_at(now)
+            never_cold = warmth is Warmth.UNKNOWN and candidate.backend.cold_timeouts is None
+            if not candidate.last_resort and (warmth is Warmth.WARM or never_cold):
+                return True
+        return False
 
     def nobody(self, exchange: Exchange) -> NoBackend:
         """What to tell a client that no backend can be asked for."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import aiohttp
 
 from ..contracts import (
     Backend,
     Candidate,
+    Candidates,
     Check,
     Clock,
     Exchange,
@@ -20,16 +23,31 @@ from ..contracts import (
     Outcome,
     Provider,
     Verdict,
+    Warmth,
     canonical_model,
     tell_nobody,
 )
-from ..wire.pool import tls_context
+from ..wire.faults import fault_of
+from ..wire.pool import IDLE_LIMIT, tls_context
+from .hooks import Hooks
 
-_GOOD = Verdict.GOOD  # looked up once: a member of an enumeration is slow to reach
+# Looked up once: a member of an enumeration is slow to reach.
+_GOOD, _LOADING = Verdict.GOOD, Fault.LOADING
+_WARM, _WARMING = Warmth.WARM, Warmth.WARMING
+_WARMING_TIME = 600.0  # s that "it is starting" is believed without further news
+_TOLD_START = 1.0  # s; a start longer than this is worth a line in the log
 _LACKING_TIME = 300.0  # s that a model stays unlikely on a backend that said it has not got it
 _LACKING_MOST = 256  # models remembered so, a backend
 _FIRST_GUESS = 5.0  # s, for the price of an answer while none has been seen
 _WEIGHT = 0.2  # of the newest outcome in the moving averages: about the last ten count
+
+
+_Trust = tuple[bool, bool, str | None]  # https, verify, file of authorities
+CONNECT_LIMIT = 10.0  # s, of the control plane
+
+
+def _trust(backend: Backend) -> _Trust:
+    return (backend.scheme == "https", backend.tls_verify, backend.tls_ca_file)
 
 
 class Fleet:
@@ -37,7 +55,8 @@ class Fleet:
 
     Attributes:
         now: its clock.
-        providers: by the name that a backend gives as its own.
+        providers: by the name that a backend gives as its own; hooks: likewise.
+        choosy: some provider's backends cannot take every request.
         has_totals: some backend limits the whole time of an exchange.
     """
 
@@ -55,10 +74,14 @@ class Fleet:
         self._unix = unix
         self._version = version
         self._notify = notify
-        self._rows = tuple((b, Live(model_names=b.model_names)) for b in backends)
+        self._rows = [(b, Live(model_names=b.model_names)) for b in backends]
         self.providers = providers
+        self.hooks = {name: Hooks.of(each, self._carriage) for name, each in providers.items()}
+        used = {backend.provider for backend, _ in self._rows} & self.hooks.keys()
+        self.choosy = any(self.hooks[name].takes is not None for name in used)
         self.has_totals = any(backend.timeouts.total for backend, _ in self._rows)
-        self._sessions: dict[tuple[bool, bool, str | None], aiohttp.ClientSession] = {}
+        self._sessions: dict[_Trust, aiohttp.ClientSession] = {}
+        self._carriages: dict[_Trust, aiohttp.ClientSession] = {}
 
     def candidates(self) -> list[Candidate]:
         """One new candidate a backend."""
@@ -80,6 +103,15 @@ class Fleet:
                 found.append(Candidate(backend, live))
         return found
 
+    def taking(self, exchange: Exchange, candidates: Candidates) -> Candidates:
+        """Those whose provider can take this very request."""
+        hooks = self.hooks
+        return [
+            c
+            for c in candidates
+            if (takes := hooks[c.backend.provider].takes) is None or takes(c.backend, exchange)
+        ]
+
     def knows(self, model: str) -> bool:
         """Whether some backend serves, or may serve, the model."""
         for backend, live in self._rows:  # noqa: SIM110 - any() takes three times as long
@@ -94,8 +126,11 @@ class Fleet:
 
     def note(self, exchange: Exchange, outcome: Outcome, live: Live) -> None:
         """Learn latency and success from one attempt."""
-        live.last_used = self.now()
+        live.last_used = now = self.now()
         if outcome.verdict is _GOOD:
+            live.warmth, live.warmth_until = _WARM, now + outcome.backend.stays_warm
+            if outcome.cold_start is not None:
+                self._note_start(outcome.backend, live, outcome.cold_start)
             live.success += _WEIGHT * (1.0 - live.success)
             live.duration += (_WEIGHT if live.duration else 1.0) * (
                 outcome.duration - live.duration
@@ -105,10 +140,16 @@ class Fleet:
                 live.latency = outcome.ttft if old is None else old + _WEIGHT * (outcome.ttft - old)
         elif outcome.verdict is Verdict.STRIKE:
             live.success -= _WEIGHT * live.success
-
+        elif outcome.fault is _LOADING:
+            live.warmth, live.warmth_until = _WARMING, now + _WARMING_TIME
         elif outcome.fault is Fault.DEADLINE and outcome.sent:
             # No strike, for the client chose how long to wait; but no sign of health either.
             live.success -= _WEIGHT / 2 * live.success
+
+    def _note_start(self, backend: Backend, live: Live, seconds: float) -> None:
+        live.cold_starts.note(seconds)
+        if seconds >= _TOLD_START:
+            self._notify("backend.started", backend=backend.name, seconds=round(seconds, 3))
 
     def lacks(self, live: Live, model: str) -> None:
         """A backend whose models were only assumed said that it has not got this one."""
@@ -126,28 +167,46 @@ class Fleet:
 
     def _session(self, backend: Backend) -> aiohttp.ClientSession:
         """The control plane's session, one for each way to trust; never for a client's request."""
-        secure = backend.scheme == "https"  # a context costs 25 ms: none where none is used
-        trust = (secure, backend.tls_verify, backend.tls_ca_file)
+        trust = _trust(backend)
         session = self._sessions.get(trust)
         if session is None:
-            session = self._sessions[trust] = aiohttp.ClientSession(
-                headers={"User-Agent": f"beacon-proxy/{self._version} (check)"},
-                cookie_jar=aiohttp.DummyCookieJar(),
-                connector=aiohttp.TCPConnector(
-                    force_close=True, limit=32, ssl=tls_context(*trust[1:]) if secure else True
-                ),
+            session = self._sessions[trust] = self._make(trust, "check", force_close=True, limit=32)
+        return session
+
+    def _carriage(self, backend: Backend) -> aiohttp.ClientSession:
+        """The session for providers that take requests to their backends by themselves."""
+        trust = _trust(backend)
+        session = self._carriages.get(trust)
+        if session is None:
+            session = self._carriages[trust] = self._make(
+                trust, "carry", limit=0, keepalive_timeout=IDLE_LIMIT
             )
         return session
 
+    def _make(self, trust: _Trust, what: str, **options: Any) -> aiohttp.ClientSession:
+        secure, verify, ca_file = trust
+        # A context costs 25 ms: none where none is used.
+        context = tls_context(verify, ca_file) if secure else True
+        return aiohttp.ClientSession(
+            headers={"User-Agent": f"beacon-proxy/{self._version} ({what})"},
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_LIMIT),
+            connector=aiohttp.TCPConnector(ssl=context, **options),
+        )
+
     async def close(self) -> None:
         """Close the sessions of the control plane."""
-        for session in self._sessions.values():
-            await session.close()
-        self._sessions.clear()
+        for sessions in (self._sessions, self._carriages):
+            for session in sessions.values():
+                await session.close()
+            sessions.clear()
 
     async def check(self, candidate: Candidate, seconds: float) -> Check | None:
         """See `contracts.Fleet.check`."""
         backend, live = candidate.backend, candidate.live
+        wakes = self.hooks[backend.provider].wakes
+        if wakes is not None and live.warmth_at(self.now()) is not _WARM and wakes(backend):
+            return None
         session = self._session(backend)
         started = self.now()
         try:
@@ -155,10 +214,9 @@ class Fleet:
                 check = await self.providers[backend.provider].check(backend, session)
         except TimeoutError:
             check = Check(Verdict.STRIKE, fault=Fault.TIMEOUT, detail=f"no answer in {seconds} s")
-        except (aiohttp.ClientConnectorError, ConnectionRefusedError):
-            check = Check(Verdict.STRIKE, fault=Fault.REFUSED, detail="no connection")
         except (aiohttp.ClientError, OSError, ValueError) as exc:
-            check = Check(Verdict.STRIKE, fault=Fault.MALFORMED, detail=type(exc).__name__)
+            fault, detail = fault_of(exc)
+            check = Check(Verdict.STRIKE, fault=fault, detail=detail)
         except Exception as exc:  # a plugin's fault must not end the probes of all others
             check = Check(Verdict.NEUTRAL, detail=f"the check itself failed: {exc!r}"[:200])
             self._notify("check.failed", backend=backend.name, error=repr(exc)[:200])
@@ -167,8 +225,25 @@ class Fleet:
         live.check = check
         live.last_check = self._unix()
         live.check_latency = check.latency if check.latency is not None else self.now() - started
+        if check.warmth is not None:
+            live.warmth, live.warmth_until = check.warmth, self.now() + _WARMING_TIME
+        elif check.fault is _LOADING:
+            live.warmth, live.warmth_until = _WARMING, self.now() + _WARMING_TIME
+        if check.kind is not None and backend.kind != check.kind:
+            self._found_kind(backend, live, check.kind)
+        if check.capacity is not None:
+            live.capacity = check.capacity
+        if check.hot is not None:
+            live.hot = frozenset(map(canonical_model, check.hot))
         if check.models is not None:
             if not backend.model_names:
                 live.model_names = check.models
             live.models = frozenset(map(canonical_model, check.models))
         return check
+
+    def _found_kind(self, backend: Backend, live: Live, kind: str) -> None:
+        """From now on it is a backend of this kind, under the same name and with the same past."""
+        for at, (row, its) in enumerate(self._rows):
+            if its is live:
+                self._rows[at] = (replace(row, kind=kind), live)
+                self._notify("backend.identified", backend=backend.name, kind=kind)

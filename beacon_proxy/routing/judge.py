@@ -19,7 +19,7 @@ from ..contracts import Backend, Candidate, Exchange, Fault, Provider, Verdict
 from ..wire.answer import Answer
 from ..wire.expect import HOLD_CAP
 from ..wire.headers import find
-from ..wire.watch import usage_in, usage_of
+from ..wire.watch import load_in, usage_in, usage_of
 
 _VERDICTS = {
     Fault.BUSY: Verdict.BUSY,
@@ -144,6 +144,8 @@ def _judge_document(answer: Answer, body: bytes) -> Judgement:
     if document.get("error"):
         return _judge_error(body)
     answer.usage = usage_of(document) or usage_in(body[-4096:])
+    if "load_duration" in document:
+        answer.cold_start = load_in(body)
     return _GOOD
 
 

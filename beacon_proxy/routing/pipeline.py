@@ -88,7 +88,7 @@ class Pipeline:
                     raise
                 break
             tried = (*tried, choice.candidate.backend.name)
-            attempt = Attempt(self._wire, exchange, choice.candidate, choice.provider)
+            attempt = Attempt(self._wire, exchange, choice.candidate, choice.provider, choice.hooks)
             try:
                 delay = await self._try(exchange, source, client, model, tried, choice, attempt)
             except asyncio.CancelledError:
@@ -126,7 +126,15 @@ class Pipeline:
         live.in_flight += 1
         live.picked += 1
         try:
-            await attempt.open(source, lone=choice.spare == 0 or not exchange.may_repeat)
+            lone = choice.spare == 0 or not exchange.may_repeat
+            await attempt.open(source, lone=lone)
+            if choice.hooks.hop is not None:
+                await attempt.follow(
+                    source,
+                    choice.hooks.hop,
+                    lone,
+                    lambda: self._chooser.warm_elsewhere(exchange, model, tried),
+                )
             judgement = attempt.last = self._judge(exchange, choice, attempt)
             if judgement.lacks_model and model is not None:
                 self._fleet.lacks(live, model)

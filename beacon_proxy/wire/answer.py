@@ -81,6 +81,7 @@ class Answer:
         answer_by: it must have begun, for another backend could still answer.
         lone: no other backend stands ready.
         usage: tokens, where a whole answer was read for them.
+        cold_start: s that the backend took to start, where it, or its provider, says so.
     """
 
     __slots__ = (
@@ -91,6 +92,7 @@ class Answer:
         "_timeouts",
         "_waiter",
         "answer_by",
+        "cold_start",
         "committed",
         "complete",
         "deadline",
@@ -162,6 +164,7 @@ class Answer:
         self.fault: Fault | None = None
         self.detail = ""
         self.usage: Usage | None = None
+        self.cold_start: float | None = None
         self.sent_at = self.last = 0.0
         self.head_at: float | None = None
         self.first_content: float | None = None
@@ -204,6 +207,13 @@ class Answer:
 
     def on_read(self) -> None:
         """All of one read has been told, and the answer is still held."""
+        self._arm()
+
+    def relax(self, timeouts: Timeouts, since: float | None = None) -> None:
+        """Let other limits hold from here on, counted from `since` (monotonic s)."""
+        self._timeouts = timeouts
+        if since is not None:
+            self.sent_at = since
         self._arm()
 
     def touch(self) -> None:

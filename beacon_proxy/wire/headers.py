@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Container, Iterable, Sequence
 from functools import lru_cache
+from http import HTTPStatus
 
 from ..contracts import Headers
 from ..errors import BadRequest
@@ -48,6 +49,8 @@ _ids = random.Random()  # for telling exchanges apart, not for secrets: no syste
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}\Z")
 _HOST = re.compile(rb"(?:[A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?\Z")
 _BAD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 5.6.2
+_PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
 # What becomes of a field, by its name. It passes as it is where nothing is to be learnt from it; up
@@ -561,6 +564,26 @@ def trailer_lines(trailers: Headers) -> bytes:
     return b"".join(
         [n + b": " + v + b"\r\n" for n, v in trailers if n.lower() not in _NOT_IN_TRAILERS]
     )
+
+
+def passing(headers: Headers, dropped: Container[bytes] = _NO_NAMES) -> Headers:
+    """The client's fields that go to any backend, less those of the lower-case names in `dropped`.
+
+    `headers` are a `RequestHead`'s: those that `Connection` names are gone already.
+    """
+    return tuple(
+        pair for pair in headers if _kind_of(pair[0]) <= _ACCEL and pair[0].lower() not in dropped
+    )
+
+
+def is_line(name: bytes, value: bytes) -> bool:
+    """Whether a field that somebody made up is one line, and no more."""
+    return _TOKEN.fullmatch(name) is not None and _BAD_VALUE.search(value) is None
+
+
+def phrase(status: int) -> bytes:
+    """The usual reason phrase."""
+    return _PHRASES.get(status, b"")
 
 
 def find(headers: Headers, name: bytes) -> bytes | None:

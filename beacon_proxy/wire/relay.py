@@ -14,19 +14,17 @@ import socket
 import struct
 from collections.abc import Mapping
 from email.utils import formatdate
-from http import HTTPStatus
 from sys import maxsize
 from typing import Protocol
 
 from ..contracts import Headers
 from .answer import Answer, Flow
 from .expect import Framing
-from .headers import AnswerHead, answer_lines, trailer_lines
+from .headers import AnswerHead, answer_lines, phrase, trailer_lines
 
 # Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
 _LENGTH, _CHUNKED, _EOF, _TUNNEL = Framing.LENGTH, Framing.CHUNKED, Framing.EOF, Framing.TUNNEL
 _BODILESS = (204, 304)
-_PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
 class Downstream(Protocol):
@@ -129,7 +127,7 @@ class ClientSink:
 
     def _own_head(self, status: int, lines: bytes) -> None:
         self.status = status
-        self._end_head([b"HTTP/1.1 %d %b\r\n" % (status, _PHRASES.get(status, b"")), lines])
+        self._end_head([b"HTTP/1.1 %d %b\r\n" % (status, phrase(status)), lines])
 
     def _end_head(self, parts: list[bytes]) -> None:
         parts.append(self.extra)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -15,11 +16,20 @@ from ..contracts import (
     Headers,
     Prompt,
     Provider,
+    Submission,
     canonical_model,
 )
 from ..errors import BadRequest
 from .dialects import Route, Shape
-from .headers import Added, RequestHead, field_lines, find, forwarded_lines, request_bytes
+from .headers import (
+    Added,
+    RequestHead,
+    field_lines,
+    find,
+    forwarded_lines,
+    passing,
+    request_bytes,
+)
 from .upload import Upload
 
 CREDENTIALS = (
@@ -30,7 +40,9 @@ CREDENTIALS = (
     b"modal-key",
     b"modal-secret",
 )
+_OF_BODY = frozenset({b"content-type", b"content-length", b"content-encoding", b"content-language"})
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+FieldsOf = Callable[[Backend, Exchange], Headers]
 
 
 class Outgoing(NamedTuple):
@@ -48,7 +60,28 @@ class Source(Protocol):
     upload: Upload | None
     upgrade: bool
 
-    def outgoing(self, candidate: Candidate, provider: Provider) -> Outgoing: ...
+    def outgoing(
+        self, candidate: Candidate, provider: Provider, fields_of: FieldsOf | None
+    ) -> Outgoing:
+        """The request as this backend gets it; `fields_of` is the provider's `fields`, if any."""
+        ...
+
+    def following(
+        self, candidate: Candidate, provider: Provider, fields_of: FieldsOf | None, target: bytes
+    ) -> Outgoing:
+        """A GET of `target` on the same backend, where the answer is to be had."""
+        ...
+
+    def submission(
+        self, candidate: Candidate, body: bytes, deadline: float, patience: float
+    ) -> Submission:
+        """The request for a provider that takes it there by itself; see `contracts.Submission`."""
+        ...
+
+    @property
+    def shape(self) -> Shape:
+        """Of the answer that such a provider puts together."""
+        ...
 
 
 @lru_cache(maxsize=1024)
@@ -60,10 +93,15 @@ def host_of(scheme: str, host: str, port: int) -> bytes:
     return host.encode("ascii")
 
 
-def added_fields(backend: Backend, provider: Provider) -> Added | None:
-    """Fields that replace the client's, if there are any."""
+def added_fields(backend: Backend, provider: Provider, special: Headers = ()) -> Added | None:
+    """Fields that replace the client's, if there are any; `special` ones of this request alone."""
     own = provider.credentials(backend)
-    return _added(own, backend.headers) if own or backend.headers else None
+    added = _added(own, backend.headers) if own or backend.headers else None
+    if not special:
+        return added
+    names = {name.lower() for name, _ in special}
+    others = () if added is None else added.fields
+    return Added(special + tuple(pair for pair in others if pair[0].lower() not in names))
 
 
 @lru_cache(maxsize=1024)
@@ -97,7 +135,13 @@ class Verbatim:
             exchange.id.encode("ascii"),
         )
 
-    def outgoing(self, candidate: Candidate, provider: Provider) -> Outgoing:
+    @property
+    def shape(self) -> Shape:
+        return self._route.shape if self._route is not None else Shape.DOCUMENT
+
+    def outgoing(
+        self, candidate: Candidate, provider: Provider, fields_of: FieldsOf | None
+    ) -> Outgoing:
         exchange, upload, backend = self._exchange, self.upload, candidate.backend
         if (backend.base_path or backend.api_key) and climbs(exchange.target):
             raise BadRequest("dot segments are not taken to a backend with a base path or a key")
@@ -106,12 +150,45 @@ class Verbatim:
             exchange.method,
             provider.target(backend, exchange.target),
             host_of(backend.scheme, backend.host, backend.port),
-            added_fields(backend, provider),
+            added_fields(backend, provider, fields_of(backend, exchange) if fields_of else ()),
             self._forwarded,
         )
-        shape = self._route.shape if self._route is not None else Shape.DOCUMENT
         assert upload is not None
-        return Outgoing(head, upload.body, shape, exchange.stream)
+        return Outgoing(head, upload.body, self.shape, exchange.stream)
+
+    def following(
+        self, candidate: Candidate, provider: Provider, fields_of: FieldsOf | None, target: bytes
+    ) -> Outgoing:
+        exchange, backend = self._exchange, candidate.backend
+        special = fields_of(backend, exchange) if fields_of else ()
+        added = added_fields(backend, provider, special)
+        dropped = _OF_BODY if added is None else _OF_BODY | added.names
+        head = b"GET %b HTTP/1.1\r\nHost: %b\r\n%b%b%b" % (
+            target,
+            host_of(backend.scheme, backend.host, backend.port),
+            field_lines(passing(self._head.headers, dropped)),
+            b"" if added is None else added.lines,
+            self._forwarded,
+        )
+        return Outgoing(head, b"", self.shape, exchange.stream)
+
+    def submission(
+        self, candidate: Candidate, body: bytes, deadline: float, patience: float
+    ) -> Submission:
+        exchange = self._exchange
+        return Submission(
+            id=exchange.id,
+            method=exchange.method,
+            path=exchange.path,
+            target=exchange.target,
+            headers=passing(self._head.headers),
+            body=body,
+            dialect=exchange.dialect,
+            stream=exchange.stream,
+            prompt=None,
+            deadline=deadline,
+            patience=patience,
+        )
 
 
 _SHAPES = {
@@ -143,26 +220,74 @@ class Translated:
         self.upload: Upload | None = None
         self.upgrade = False
 
-    def outgoing(self, candidate: Candidate, provider: Provider) -> Outgoing:
+    @property
+    def shape(self) -> Shape:
+        return Shape.OLLAMA
+
+    def outgoing(
+        self, candidate: Candidate, provider: Provider, fields_of: FieldsOf | None
+    ) -> Outgoing:
         exchange, backend = self._exchange, candidate.backend
         assert exchange.prompt is not None
         call = provider.ask(backend, _spelled(exchange.prompt, candidate))
-        added = added_fields(backend, provider)
+        special = fields_of(backend, exchange) if fields_of else ()
+        length = (b"Content-Length", b"%d" % len(call.body))
+        lines = self._lines(backend, provider, special, (*call.headers, length))
+        host = host_of(backend.scheme, backend.host, backend.port)
+        head = b"POST %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (call.target, host, lines)
+        return Outgoing(head, call.body, _SHAPES[call.dialect], exchange.prompt.stream)
+
+    def following(
+        self, candidate: Candidate, provider: Provider, fields_of: FieldsOf | None, target: bytes
+    ) -> Outgoing:
+        exchange, backend = self._exchange, candidate.backend
+        assert exchange.prompt is not None
+        special = fields_of(backend, exchange) if fields_of else ()
+        shape = _SHAPES[provider.ask(backend, _spelled(exchange.prompt, candidate)).dialect]
+        lines = self._lines(backend, provider, special, ())
+        host = host_of(backend.scheme, backend.host, backend.port)
+        head = b"GET %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (target, host, lines)
+        return Outgoing(head, b"", shape, exchange.prompt.stream)
+
+    def submission(
+        self, candidate: Candidate, body: bytes, deadline: float, patience: float
+    ) -> Submission:
+        exchange = self._exchange
+        assert exchange.prompt is not None
+        return Submission(
+            id=exchange.id,
+            method=exchange.method,
+            path=exchange.path,
+            target=exchange.target,
+            headers=self._authorization(),
+            body=b"",
+            dialect=Dialect.BEACON,
+            stream=exchange.prompt.stream,
+            prompt=_spelled(exchange.prompt, candidate),
+            deadline=deadline,
+            patience=patience,
+        )
+
+    def _authorization(self) -> Headers:
+        given = find(self._exchange.headers, b"authorization")
+        return () if given is None else ((b"Authorization", given),)
+
+    def _lines(
+        self, backend: Backend, provider: Provider, special: Headers, of_body: Headers
+    ) -> bytes:
+        exchange = self._exchange
+        added = added_fields(backend, provider, special)
         fields: list[tuple[bytes, bytes]] = [
-            *call.headers,
+            *of_body,
             *(() if added is None else added.fields),
-            (b"Content-Length", b"%d" % len(call.body)),
             (b"X-Request-Id", exchange.id.encode("ascii")),
             (b"Via", b"1.1 beacon-proxy"),
         ]
-        given = find(exchange.headers, b"authorization")
-        if given is not None and not any(name.lower() == b"authorization" for name, _ in fields):
-            fields.append((b"Authorization", given))
+        if not any(name.lower() == b"authorization" for name, _ in fields):
+            fields += self._authorization()
         if exchange.trace_id is not None:
             fields.append((b"X-Trace-Id", exchange.trace_id.encode("ascii")))
-        host, lines = host_of(backend.scheme, backend.host, backend.port), field_lines(fields)
-        head = b"POST %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (call.target, host, lines)
-        return Outgoing(head, call.body, _SHAPES[call.dialect], exchange.prompt.stream)
+        return field_lines(fields)
 
 
 def _spelled(prompt: Prompt, candidate: Candidate) -> Prompt:

@@ -111,6 +111,20 @@ _INPUT = re.compile(rb'"(?:prompt_tokens|input_tokens|prompt_eval_count)"\s*:\s*
 _OUTPUT = re.compile(rb'"(?:completion_tokens|output_tokens|eval_count)"\s*:\s*(\d+)')
 
 
+_LOAD = re.compile(rb'"load_duration"\s*:\s*(\d+)')
+_LOADED = 1.0  # s; Ollama tells of milliseconds where the model was in memory already
+
+
+def load_in(tail: bytes | bytearray) -> float | None:
+    """Seconds that Ollama spent on loading the model, by the last part of its answer.
+
+    None where it had not to (docs/api.md: `load_duration`, in ns).
+    """
+    found = _LOAD.findall(tail)
+    seconds = int(found[-1]) / 1e9 if found else 0.0
+    return seconds if seconds >= _LOADED else None
+
+
 def usage_in(tail: bytes | bytearray) -> Usage | None:
     """Tokens as the last part of an answer counts them; None where it does not say."""
     output = _OUTPUT.findall(tail)
@@ -263,6 +277,10 @@ class Watch:
         if self._shape is Shape.OLLAMA:
             return self.ended
         return self.ended and (self.fresh or self._tail.rstrip().endswith(b"[DONE]"))
+
+    def load(self) -> float | None:
+        """Seconds that loading the model took, once the end has passed; see `load_in`."""
+        return load_in(self._tail) if self._shape is Shape.OLLAMA else None
 
     def usage(self) -> Usage | None:
         """Tokens, once the end has passed."""

@@ -6,9 +6,10 @@ Numbers that are not known keep their type: 0.0 s, a success rate of 1.0.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from ...contracts import Candidate, Candidates, Check, Live
+from ...contracts import Candidate, Candidates, Capacity, Check, Live
 from ...ops.metrics import healthy
 from ...ops.windows import Totals, Windows
 from .models import names_of
@@ -40,6 +41,10 @@ def provider(candidate: Candidate, now: float, unix: float, totals: Totals) -> d
         "models": names_of(candidate),
         "ejected_until": unix + live.ejected_until - now if ejected else None,
         "resting_until": unix + live.resting_until - now if live.resting_until > now else None,
+        "warmth": live.warmth_at(now),
+        "cold_start_p50": _rounded(live.cold_starts.quantile(0.5)),
+        "cold_start_p95": _rounded(live.cold_starts.quantile(0.95)),
+        "capacity": live.capacity and _told(live.capacity),
         "check_latency": _rounded(live.check_latency),
         "last_check_result": live.check and _check(live.check),
         "ttft_p50": _rounded(totals.ttft_quantile(0.5)),
@@ -49,6 +54,10 @@ def provider(candidate: Candidate, now: float, unix: float, totals: Totals) -> d
 
 def _check(check: Check) -> dict[str, Any]:
     return {"verdict": check.verdict, "fault": check.fault, "detail": check.detail}
+
+
+def _told(capacity: Capacity) -> dict[str, int]:
+    return {name: count for name, count in asdict(capacity).items() if count is not None}
 
 
 def sums(totals: Totals) -> dict[str, Any]:

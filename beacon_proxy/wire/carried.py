@@ -1,0 +1,183 @@
+"""An answer that a provider's own transport brings, put where a connection would put it.
+
+Rule 1: it is an answer like any other: judged, held, relayed, limited by the same code. What a
+provider does is between it and its backend; what a client sees is decided here.
+Rule 2: nobody waits for a provider. When the answer is given up its task is cancelled and left to
+stop the work at the backend by itself, for `CLEAN_UP` seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from math import inf
+from typing import Any
+
+from ..contracts import CLEAN_UP, Fault, Headers, Reply, Timeouts
+from .answer import Answer
+from .connection import ROUND
+from .expect import Framing
+from .faults import fault_of
+from .headers import HOP_BY_HOP, AnswerHead, is_line, phrase
+from .wheel import GRAIN, Wheel
+
+_FRAMING = HOP_BY_HOP | {b"content-length"}
+Work = Callable[[Reply], Coroutine[Any, Any, None]]
+
+
+class Carriers:
+    """The tasks of every provider's transport in this process."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        """Let those that still tell their backends to stop do so; they have been cancelled."""
+        if self._tasks:
+            await asyncio.wait(tuple(self._tasks), timeout=CLEAN_UP)
+        for task in tuple(self._tasks):
+            task.cancel()
+
+
+class Carried:
+    """`contracts.Reply` for the provider, `answer.Flow` for the answer."""
+
+    __slots__ = (
+        "_answer",
+        "_cold",
+        "_loop",
+        "_open",
+        "_resumed",
+        "_task",
+        "_wheel",
+        "bucket",
+        "closing",
+        "reading_paused",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        wheel: Wheel,
+        answer: Answer,
+        cold: Timeouts | None,
+    ) -> None:
+        """`cold`: the limits once the provider says that its backend is not warm."""
+        self._loop = loop
+        self._wheel = wheel
+        self._cold = cold
+        self._answer: Answer | None = answer
+        self._task: asyncio.Task[None] | None = None
+        self._resumed: asyncio.Future[None] | None = None
+        self._open = False  # the head has been told
+        self.reading_paused = self.closing = False
+        self.bucket: int | None = None
+
+    def start(self, carriers: Carriers, work: Work, name: str) -> None:
+        """Begin the answer, and let the provider's task fill it."""
+        assert self._answer is not None
+        self._wheel.add(self, self._loop.time() + ROUND)
+        self._answer.begin(self, False)
+        self._task = carriers.start(self._run(work), name)
+
+    async def _run(self, work: Work) -> None:
+        try:
+            await work(self)
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:
+            fault, detail = fault_of(exc)
+            self.fail(fault, detail)
+        else:
+            self.fail(Fault.CLOSED, "the provider brought no end of the answer")
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        self.closing = True
+        self._answer = None
+        self._task = None
+        self._wheel.drop(self)
+
+    # -- contracts.Reply -------------------------------------------------------------------------
+
+    def head(self, status: int, headers: Headers) -> None:
+        answer = self._answer
+        if answer is None or self._open:
+            return
+        self._open = True
+        # The length is what the pieces add up to, whatever a provider was told by its backend.
+        fields = tuple(pair for pair in headers if pair[0].lower() not in _FRAMING)
+        if not all(is_line(name, value) for name, value in fields):
+            self.fail(Fault.MALFORMED, "a header field that would end its line")
+            return
+        answer.on_head(AnswerHead(status, phrase(status), fields, True), Framing.CHUNKED)
+
+    def piece(self, data: bytes) -> None:
+        answer = self._answer
+        if answer is None or not data:
+            return
+        assert self._open, "a piece before the head"
+        answer.on_piece(data)
+        if not answer.decided:
+            answer.on_read()
+
+    def end(self) -> None:
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.on_complete(())
+
+    def fail(self, fault: Fault, detail: str = "") -> None:
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.fail(fault, detail)
+
+    async def room(self) -> None:
+        while self.reading_paused and self._answer is not None:
+            self._resumed = self._loop.create_future()
+            await self._resumed
+
+    def waking(self) -> None:
+        if self._answer is not None and self._cold is not None:
+            self._answer.relax(self._cold)
+
+    def started_cold(self, seconds: float) -> None:
+        if self._answer is not None:
+            self._answer.cold_start = seconds
+
+    # -- answer.Flow -----------------------------------------------------------------------------
+
+    def pause_reading(self) -> None:
+        self.reading_paused = True
+
+    def resume_reading(self) -> None:
+        self.reading_paused = False
+        if self._answer is not None:
+            self._answer.touch()
+        if self._resumed is not None and not self._resumed.done():
+            self._resumed.set_result(None)
+
+    def abort(self) -> None:
+        self._answer = None
+        self.closing = True
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            self._loop.call_later(CLEAN_UP, self._task.cancel)
+
+    def ask_by(self, when: float) -> None:
+        if self.bucket is None or when < self.bucket * GRAIN:
+            self._wheel.add(self, when)
+
+    def expire(self, now: float) -> float | None:
+        answer = self._answer
+        again = answer.expire(now) if answer is not None else inf
+        return None if self.closing else min(again, now + ROUND)
