@@ -64,7 +64,6 @@ class App:
         self._http: ClientServer | None = None
         self._wheel: Wheel | None = None
         self._pool: Pool | None = None
-        self._carriers = Carriers()
         self.port = 0
         self.draining = self.cutting = False
         self.started_unix = time.time()
@@ -72,6 +71,7 @@ class App:
         self.telemetry = Telemetry(
             region=settings.server.region, access_log=settings.server.access_log, log=log
         )
+        self._carriers = Carriers(self.telemetry.notify)
         self.fleet = Fleet(
             self.backends,
             {name: build_provider(cls) for name, cls in plugins.providers.items()},

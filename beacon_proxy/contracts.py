@@ -219,12 +219,21 @@ class Live:
     capacity: Capacity | None = None  # as its provider last told
     warmth: Warmth = Warmth.UNKNOWN  # as last learnt; `warmth_at` says what holds now
     warmth_until: float = inf  # monotonic s: how long that is believed
+    cold_from: float = inf  # monotonic s from which on it has to start first, for rankers
     cold_starts: ColdStarts = field(default_factory=ColdStarts)
     lacking: dict[str, float] = field(default_factory=dict)  # model it said it lacks: until (s)
     latency: float | None = None  # s, moving average of the first-content time of good attempts
     duration: float = 0.0  # s, moving average of the whole time of good attempts
     success: float = 1.0  # 0..1, moving average over good attempts and strikes
     last_used: float = 0.0  # monotonic s of the last outcome
+
+    def learn_warmth(self, warmth: Warmth, until: float) -> None:
+        """Note what was learnt, and until when (monotonic s) it is to be believed."""
+        self.warmth, self.warmth_until = warmth, until
+        if warmth is Warmth.WARM:
+            self.cold_from = until
+        else:
+            self.cold_from = inf if warmth is Warmth.UNKNOWN else 0.0
 
     def warmth_at(self, now: float) -> Warmth:
         """Whether it is warm now: who was warm and heard nothing for long is held to be cold."""

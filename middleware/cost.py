@@ -1,7 +1,8 @@
 """Cost: which backend is worth asking first, by price, by speed, or by a blend of the two pools.
 
-Every order holds inside a candidate's priority and ends in the same ties: nearer, less in flight,
-less often picked; so two equal backends share the load.
+Every order holds inside a candidate's priority and ends in the same ties: warm before cold, nearer,
+less in flight, less often picked; so two equal backends share the load, and a GPU that would have
+to be started first waits until the warm ones are full.
 
 **The credit rule of the blend** (smooth weighted round robin, as in nginx, between two pools). An
 exchange of amount *a* (1, its seconds or its cost) gives each pool its share of *a* and takes *a*
@@ -51,6 +52,7 @@ _PRICE_MEMORY = 0.999  # kept of the past at each attempt: the last thousand or 
 _HALF_LIFE = 300.0  # s
 _UNPROVEN = 120.0  # s, the latency held against who never answered well: the default limit
 _LEAST_SUCCESS = 0.01
+_START = 30.0  # s, held against a cold backend whose start nobody has seen yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,50 +142,41 @@ class Cost:
 
     def _rank(self, exchange: Exchange) -> _Rank:
         mode = self._mode(exchange)
-        bound = self.max_blended_price
+        bound, now = self.max_blended_price, self.clock()
         # The operator's bound is over a client's wish for speed, too.
         if mode == "cost" or (bound is not None and self.blended_price() > bound):
-            return _by_price
+            return lambda c: _by_price(c, now)
         if mode == "latency":
-            now = self.clock()
             return lambda c: _by_latency(c, now)
-        return _BY_POOL[self._ledger.first()]
+        first = self._ledger.first()
+        second = "burst" if first == "baseline" else "baseline"
+
+        def by_pool(c: Candidate) -> tuple[float, ...]:
+            if c.last_resort:
+                return _LAST
+            backend, live = c.backend, c.live
+            return (
+                c.priority,
+                0 if backend.pool == first else 1 if backend.pool == second else 2,
+                live.cold_from <= now,
+                c.distance,
+                backend.price_per_second,
+                live.in_flight,
+                live.picked,
+            )
+
+        return by_pool
 
 
 _Rank = Callable[[Candidate], tuple[float, ...]]
 _LAST = (math.inf,)  # the rank of every last resort: a sort leaves them as they came
 
 
-def _by_price(c: Candidate) -> tuple[float, ...]:
+def _by_price(c: Candidate, now: float) -> tuple[float, ...]:
     if c.last_resort:
         return _LAST
     price, live = c.backend.price_per_second, c.live
-    return c.priority, price, c.distance, live.in_flight, live.picked
-
-
-def _by_pool(first: str, second: str) -> _Rank:
-    """Make the rank for when the pool `first` goes first."""
-
-    def rank(c: Candidate) -> tuple[float, ...]:
-        if c.last_resort:
-            return _LAST
-        backend, live = c.backend, c.live
-        return (
-            c.priority,
-            0 if backend.pool == first else 1 if backend.pool == second else 2,
-            c.distance,
-            backend.price_per_second,
-            live.in_flight,
-            live.picked,
-        )
-
-    return rank
-
-
-_BY_POOL = {
-    "baseline": _by_pool("baseline", "burst"),
-    "burst": _by_pool("burst", "baseline"),
-}
+    return c.priority, price, live.cold_from <= now, c.distance, live.in_flight, live.picked
 
 
 def _by_latency(c: Candidate, now: float) -> tuple[float, ...]:
@@ -191,17 +184,20 @@ def _by_latency(c: Candidate, now: float) -> tuple[float, ...]:
 
     Untried ones come first, but by one exchange at a time while others are known: a burst must not
     pile up before a GPU that is only starting. The same goes for estimates that faded. One that was
-    picked and never answered well is unproven, whatever it answered: a 4xx is no speed.
+    picked and never answered well is unproven, whatever it answered: a 4xx is no speed. A cold one
+    takes its start longer, and is not started just to find out how fast it is.
     """
     if c.last_resort:
         return _LAST
     live = c.live
     idle = live.in_flight == 0
-    unknown = live.latency is None
+    unknown, cold = live.latency is None, live.cold_from <= now
     if unknown and idle and live.picked == 0:
-        score = 0.0
+        score = _UNPROVEN if cold else 0.0
     else:
         latency = _UNPROVEN if live.latency is None else live.latency
+        if cold:
+            latency += live.cold_starts.quantile(0.5) or _START
         score = latency / max(live.success, _LEAST_SUCCESS)
         if idle:
             score *= 0.5 ** (max(0.0, now - live.last_used) / _HALF_LIFE)

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -148,13 +148,15 @@ async def proxy(
     env: dict[str, str] | None = None,
     leaks: bool = False,
     head_timeout: float = 75.0,
+    providers: dict[str, type] | None = None,
     **overrides: Any,
 ) -> AsyncIterator[Proxy]:
     """Run the proxy before `backends`, rows of beacon.yaml (a `url` may be a RawBackend) or
     RawBackends alone: provider openai, region us-east, named b0, b1, ….
 
-    `overrides` are top-level keys of beacon.yaml; `server` and `timeouts` are merged into the kit's
-    own. At the end every permit must be back, unless `leaks` says that the test looks itself.
+    `providers` are plugins beside the built-in ones. `overrides` are top-level keys of beacon.yaml;
+    `server` and `timeouts` are merged into the kit's own. At the end every permit must be back,
+    unless `leaks` says that the test looks itself.
     """
     from beacon_proxy.app import App
     from beacon_proxy.config import load_settings
@@ -165,10 +167,13 @@ async def proxy(
         "timeouts": {**TIMEOUTS, **overrides.get("timeouts", {})},
         "backends": [_row(number, backend) for number, backend in enumerate(backends)],
     }
+    known = plugins()
+    if providers:
+        known = replace(known, providers={**known.providers, **providers})
     with written(document) as path:
-        settings = load_settings(path, env or {}, plugins())
+        settings = load_settings(path, env or {}, known)
     recorder = Recorder()
-    app = App(settings, plugins(), env=env or {}, log=recorder.logger(), head_timeout=head_timeout)
+    app = App(settings, known, env=env or {}, log=recorder.logger(), head_timeout=head_timeout)
     await app.start()
     running = Proxy(app, recorder)
     try:

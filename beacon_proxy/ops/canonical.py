@@ -74,6 +74,8 @@ class Canonical:
             }
             if outcome.detail:
                 fields["detail"] = outcome.detail[:200]
+            if outcome.cold_start is not None:
+                fields["cold_start_s"] = round(outcome.cold_start, 6)
             tried.append(fields)
             if answer is not None or outcome.sent:  # as in `cost_usd`
                 cost += seconds * last.price_per_second

@@ -128,28 +128,35 @@ class Fleet:
         """Learn latency and success from one attempt."""
         live.last_used = now = self.now()
         if outcome.verdict is _GOOD:
-            live.warmth, live.warmth_until = _WARM, now + outcome.backend.stays_warm
-            if outcome.cold_start is not None:
-                self._note_start(outcome.backend, live, outcome.cold_start)
+            live.warmth = _WARM
+            live.warmth_until = live.cold_from = now + outcome.backend.stays_warm
             live.success += _WEIGHT * (1.0 - live.success)
             live.duration += (_WEIGHT if live.duration else 1.0) * (
                 outcome.duration - live.duration
             )
-            if outcome.ttft is not None:
+            ttft = outcome.ttft
+            if outcome.cold_start is not None:
+                # How fast it answers is another question than how long it takes to start.
+                ttft = self._note_start(outcome.backend, live, outcome.cold_start, ttft)
+            if ttft is not None:
                 old = live.latency
-                live.latency = outcome.ttft if old is None else old + _WEIGHT * (outcome.ttft - old)
+                live.latency = ttft if old is None else old + _WEIGHT * (ttft - old)
         elif outcome.verdict is Verdict.STRIKE:
             live.success -= _WEIGHT * live.success
         elif outcome.fault is _LOADING:
-            live.warmth, live.warmth_until = _WARMING, now + _WARMING_TIME
+            live.learn_warmth(_WARMING, now + _WARMING_TIME)
         elif outcome.fault is Fault.DEADLINE and outcome.sent:
             # No strike, for the client chose how long to wait; but no sign of health either.
             live.success -= _WEIGHT / 2 * live.success
 
-    def _note_start(self, backend: Backend, live: Live, seconds: float) -> None:
+    def _note_start(
+        self, backend: Backend, live: Live, seconds: float, ttft: float | None
+    ) -> float | None:
+        """Remember a cold start. Returns `ttft` without it, None where that is not known."""
         live.cold_starts.note(seconds)
         if seconds >= _TOLD_START:
             self._notify("backend.started", backend=backend.name, seconds=round(seconds, 3))
+        return ttft - seconds if ttft is not None and ttft > seconds else None
 
     def lacks(self, live: Live, model: str) -> None:
         """A backend whose models were only assumed said that it has not got this one."""
@@ -226,9 +233,9 @@ class Fleet:
         live.last_check = self._unix()
         live.check_latency = check.latency if check.latency is not None else self.now() - started
         if check.warmth is not None:
-            live.warmth, live.warmth_until = check.warmth, self.now() + _WARMING_TIME
+            live.learn_warmth(check.warmth, self.now() + _WARMING_TIME)
         elif check.fault is _LOADING:
-            live.warmth, live.warmth_until = _WARMING, self.now() + _WARMING_TIME
+            live.learn_warmth(_WARMING, self.now() + _WARMING_TIME)
         if check.kind is not None and backend.kind != check.kind:
             self._found_kind(backend, live, check.kind)
         if check.capacity is not None:

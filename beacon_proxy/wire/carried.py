@@ -13,7 +13,9 @@ from collections.abc import Callable, Coroutine
 from math import inf
 from typing import Any
 
-from ..contracts import CLEAN_UP, Fault, Headers, Reply, Timeouts
+import aiohttp
+
+from ..contracts import CLEAN_UP, Fault, Headers, Notify, Reply, Timeouts, tell_nobody
 from .answer import Answer
 from .connection import ROUND
 from .expect import Framing
@@ -28,8 +30,9 @@ Work = Callable[[Reply], Coroutine[Any, Any, None]]
 class Carriers:
     """The tasks of every provider's transport in this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, notify: Notify = tell_nobody) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
+        self.notify = notify
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -87,16 +90,16 @@ class Carried:
         assert self._answer is not None
         self._wheel.add(self, self._loop.time() + ROUND)
         self._answer.begin(self, False)
-        self._task = carriers.start(self._run(work), name)
+        self._task = carriers.start(self._run(work, carriers.notify), name)
 
-    async def _run(self, work: Work) -> None:
+    async def _run(self, work: Work, notify: Notify) -> None:
         try:
             await work(self)
-        except asyncio.CancelledError:
-            raise
-        except Exception as exc:
-            fault, detail = fault_of(exc)
-            self.fail(fault, detail)
+        except (aiohttp.ClientError, OSError) as exc:  # TimeoutError is one, too
+            self.fail(*fault_of(exc))
+        except Exception as exc:  # a plugin's fault: for its author, not for the client
+            notify("carry.failed", error=repr(exc)[:200])
+            self.fail(Fault.MALFORMED, "the provider's transport failed")
         else:
             self.fail(Fault.CLOSED, "the provider brought no end of the answer")
         finally:
