@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -28,7 +29,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from .. import __version__
-from ..contracts import Candidates, Clock, End, Exchange, Fault, Live, Outcome, Stage
+from ..contracts import Candidates, Clock, End, Exchange, Fault, Live, Outcome, Stage, Warmth
 from ..errors import ProxyError
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -80,13 +81,15 @@ class Tally:
     Attributes:
         attempts: counts by stage and fault.
         tokens_in, tokens_out, usd: sums.
+        starts: cold ones; None before the first.
     """
 
-    __slots__ = ("attempts", "tokens_in", "tokens_out", "ttft", "usd")
+    __slots__ = ("attempts", "starts", "tokens_in", "tokens_out", "ttft", "usd")
 
     def __init__(self) -> None:
         self.attempts: dict[tuple[Stage, Fault | None], int] = {}
         self.ttft = Histogram(_SECONDS)
+        self.starts: Histogram | None = None
         self.usd = 0.0
         self.tokens_in = self.tokens_out = 0
 
@@ -130,6 +133,10 @@ class Metrics(Collector):
         if usage is not None:
             tally.tokens_in += usage.input
             tally.tokens_out += usage.output
+        if outcome.cold_start is not None:
+            if tally.starts is None:
+                tally.starts = Histogram(_SECONDS)
+            tally.starts.observe(outcome.cold_start)
 
     def exchange(
         self,
@@ -210,6 +217,9 @@ class Metrics(Collector):
         ttft = HistogramMetricFamily(
             "beacon_ttft_seconds", "From an attempt's start to first content.", labels=("backend",)
         )
+        starts = HistogramMetricFamily(
+            "beacon_cold_start_seconds", "What backends took to start.", labels=("backend",)
+        )
         tokens = CounterMetricFamily(
             "beacon_tokens", "Tokens as backends count them.", labels=("backend", "direction")
         )
@@ -221,6 +231,8 @@ class Metrics(Collector):
                 told = "none" if fault is None else fault._value_
                 attempts.add_metric((name, stage._value_, told), count)
             ttft.add_metric((name,), tally.ttft.buckets(), tally.ttft.total)
+            if tally.starts is not None:
+                starts.add_metric((name,), tally.starts.buckets(), tally.starts.total)
             tokens.add_metric((name, "in"), tally.tokens_in)
             tokens.add_metric((name, "out"), tally.tokens_out)
             usd.add_metric((name,), tally.usd)
@@ -229,7 +241,7 @@ class Metrics(Collector):
         )
         for name, count in self.ejections.items():
             ejections.add_metric((name,), count)
-        yield from (attempts, ttft, tokens, usd, ejections)
+        yield from (attempts, ttft, starts, tokens, usd, ejections)
 
     def _of_fleet(self) -> Iterator[Metric]:
         info = InfoMetricFamily(
@@ -246,6 +258,16 @@ class Metrics(Collector):
         resting = GaugeMetricFamily(
             "beacon_backend_resting", "1 while it is left alone, as it asked.", labels=("backend",)
         )
+        warmth = GaugeMetricFamily(
+            "beacon_backend_warmth",
+            "1 for what it is: warm, cold, warming or unknown.",
+            labels=("backend", "warmth"),
+        )
+        capacity = GaugeMetricFamily(
+            "beacon_backend_capacity",
+            "Workers and requests as the backend's provider counts them.",
+            labels=("backend", "what"),
+        )
         now = self._clock()
         for candidate in self._candidates:
             backend, live = candidate.backend, candidate.live
@@ -253,7 +275,14 @@ class Metrics(Collector):
             in_flight.add_metric((backend.name,), live.in_flight)
             health.add_metric((backend.name,), healthy(live, now))
             resting.add_metric((backend.name,), live.resting_until > now)
-        yield from (info, in_flight, health, resting)
+            is_now = live.warmth_at(now)
+            for each in Warmth:
+                warmth.add_metric((backend.name, each._value_), each is is_now)
+            if live.capacity is not None:
+                for what, count in asdict(live.capacity).items():
+                    if count is not None:
+                        capacity.add_metric((backend.name, what), count)
+        yield from (info, in_flight, health, resting, warmth, capacity)
 
 
 def healthy(live: Live, now: float) -> bool:
