@@ -215,6 +215,9 @@ async def test_cold_start_when_ollama_tells_of_its_load_is_counted_streamed_or_n
             assert got.status == 200
         done = await p.exchanges(2)
         told = (await client.ask(request("GET", "/providers"))).json["providers"][0]
+        accept = [("Accept", "text/plain")]
+        text = (await client.ask(request("GET", "/metrics", accept))).body.decode()
+    assert 'beacon_cold_start_seconds_count{backend="b0"} 2.0' in text
     assert [each["attempts"][0]["cold_start_s"] for each in done] == [2.5, 2.5]
     assert told["warmth"] == "warm"
     assert told["cold_start_p50"] == 2.5
@@ -262,5 +265,10 @@ async def test_check_when_it_tells_warmth_and_capacity_providers_show_them() -> 
         await p.app.fleet.check(candidate, 1.0)
         assert candidate.live.hot == {"a-1b"}
         told = (await client.ask(request("GET", "/providers"))).json["providers"][0]
+        accept = [("Accept", "text/plain")]
+        text = (await client.ask(request("GET", "/metrics", accept))).body.decode()
+    assert 'beacon_backend_warmth{backend="b0",warmth="cold"} 1.0' in text
+    assert 'beacon_backend_warmth{backend="b0",warmth="warm"} 0.0' in text
+    assert 'beacon_backend_capacity{backend="b0",what="idle"} 2.0' in text
     assert told["warmth"] == "cold"
     assert told["capacity"] == {"running": 0, "idle": 2, "queued": 1}
