@@ -40,6 +40,7 @@ from .kit import (
     proxy,
     request,
 )
+from .test_garbage import asked, left_over
 
 SSE = ((b"Content-Type", b"text/event-stream"),)
 JSON = ((b"Content-Type", b"application/json"),)
@@ -529,3 +530,25 @@ async def test_wakes_when_a_check_would_start_it_only_a_warm_one_is_checked() ->
             async with RawClient(p.port) as client:
                 assert (await client.ask(chat())).status == 200
             await eventually(lambda: kind.checks > 0)
+
+
+# -- what is left behind -----------------------------------------------------------------------
+
+
+async def _warmed(conn: BackendConn) -> None:
+    async for got in each_request(conn):
+        await conn.send(SEE_OTHER if got.method == "POST" else json_bytes(ANSWER))
+
+
+async def test_garbage_when_a_carried_or_hopping_exchange_has_ended_is_none() -> None:
+    async def work(submission: Submission, reply: Reply) -> None:
+        if submission.stream:
+            reply.fail(Fault.RESET, "gone")
+        else:
+            await document(ANSWER)(submission, reply)
+
+    async with carried(work) as (p, _):
+        assert await left_over(p, asked(chat())) == {}
+        assert await left_over(p, asked(chat(stream=True), 502)) == {}
+    async with RawBackend(_warmed) as backend, proxy(hopping(backend), providers=HOPS) as p:
+        assert await left_over(p, asked(chat())) == {}
