@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from beacon_proxy.contracts import Backend, Check, Fault, Headers, Verdict
+from beacon_proxy.contracts import Backend, Check, Fault, Headers, Verdict, Warmth
 
 from .reading import load
 
@@ -60,7 +60,8 @@ _NO_ROUTE = (404, 405, 501)
 _SECONDS = re.compile(r"[0-9]{1,6}")
 # By `owned_by` of the first model: a flag that is free to ask, and what its 503 means.
 _READINESS = {
-    "llamacpp": ("/health", Verdict.BUSY, Fault.LOADING),
+    # Not /slots: that wakes a llama.cpp which sleeps. /props tells that it does.
+    "llamacpp": ("/props", Verdict.BUSY, Fault.LOADING),
     "vllm": ("/health", Verdict.STRIKE, Fault.STATUS),  # its engine is dead
     "sglang": ("/ready", Verdict.BUSY, Fault.LOADING),
 }
@@ -80,30 +81,86 @@ class Answer:
 
 
 async def check_models(backend: Backend, session: aiohttp.ClientSession) -> Check:
-    """Ask for the models, and for the readiness of a server that names itself.
+    """Ask for the models, and whether they are in memory; see `Provider.check`.
 
-    At most two GETs, one after the other; see `Provider.check`.
+    Two GETs, one after the other; three of an Ollama of before /v1/models.
     """
     loop = asyncio.get_running_loop()
     started = loop.time()
     answer = await _ask(backend, session, "/v1/models")
     latency = loop.time() - started
-    if answer.status in _NO_ROUTE:
+    tags = answer.status in _NO_ROUTE
+    if tags:
         answer = await _ask(backend, session, "/api/tags")
     if answer.status != 200:
         return _without_models(backend, answer, latency)
-    models, owner = _listed(answer.document())
+    document = answer.document()
+    models, owner = _listed(document)
     if models is None:
         # Some other service, a captive portal, or a proxy before the backend: nothing is learnt.
         detail = "answers 200 with something that is no list of models"
         return Check(Verdict.NEUTRAL, latency, fault=Fault.NOT_JSON, detail=detail)
-    if owner in _READINESS:
-        path, verdict, fault = _READINESS[owner]
-        answer = await _ask(backend, session, path)
-        if answer.status == 503:
-            detail = f"{owner} is not ready ({path} says 503)"
-            return Check(verdict, latency, models, fault, answer.retry_after, detail)
-    return Check(Verdict.GOOD, latency, models)
+    if owner not in _READINESS:
+        hot = await hot_models(backend, session) if tags or _is_ollama(models, owner) else None
+        return Check(Verdict.GOOD, latency, models, warmth=_warmth(hot), hot=hot)
+    path, verdict, fault = _READINESS[owner]
+    answer = await _ask(backend, session, path)
+    if answer.status == 503:
+        detail = f"{owner} is not ready ({path} says 503)"
+        return Check(verdict, latency, models, fault, answer.retry_after, detail)
+    hot = _held(document, models, answer.document() if answer.status == 200 else None)
+    return Check(Verdict.GOOD, latency, models, warmth=_warmth(hot), hot=hot)
+
+
+def _is_ollama(models: tuple[str, ...], owner: str) -> bool:
+    """By the shape of its list: a namespace for owner, and each name with a tag."""
+    return owner == "library" or (bool(models) and all(":" in name for name in models))
+
+
+def _held(document: Any, models: tuple[str, ...], state: Any) -> tuple[str, ...]:
+    """Which models a server that starts with its models holds: all, unless it says otherwise."""
+    if isinstance(state, Mapping) and state.get("is_sleeping") is True:
+        return ()
+    rows = [row for row in document.get("data") or () if isinstance(row, Mapping)]
+    said = [(row.get("id"), row.get("status")) for row in rows]
+    states = [(name, state["value"]) for name, state in said if _tells(state)]
+    if not states:
+        return models
+    # llama.cpp as a router of models
+    return tuple(name for name, value in states if value == "loaded" and name in models)
+
+
+def _tells(state: Any) -> bool:
+    return isinstance(state, Mapping) and "value" in state
+
+
+def _warmth(hot: tuple[str, ...] | None) -> Warmth | None:
+    if hot is None:
+        return None
+    return Warmth.WARM if hot else Warmth.COLD
+
+
+async def hot_models(backend: Backend, session: aiohttp.ClientSession) -> tuple[str, ...] | None:
+    """Which models an Ollama has in memory, as it spells them; asking loads none.
+
+    None: this server does not say. One GET of at most a second; it never raises.
+    """
+    return _listed(await _ask_aside(backend, session, "/api/ps"))[0]
+
+
+_ASIDE = 1.0  # s that a server may take for what is only good to know
+
+
+async def _ask_aside(backend: Backend, session: aiohttp.ClientSession, path: str) -> Any:
+    """The document behind a path that a server may have; None where there is none."""
+    from aiohttp import ClientError  # by now it is loaded; `beacon-proxy check` does without it
+
+    try:
+        async with asyncio.timeout(_ASIDE):
+            answer = await _ask(backend, session, path)
+    except (ClientError, OSError):  # TimeoutError is one
+        return None
+    return answer.document() if answer.status == 200 else None
 
 
 async def _ask(backend: Backend, session: aiohttp.ClientSession, path: str) -> Answer:

@@ -173,4 +173,4 @@ async def test_check_when_backend_is_ollama_reads_its_models() -> None:
         check = await PROVIDER.check(replace(BACKEND, port=server.port or 0), session)
     assert check is not None
     assert (check.verdict, check.models) == (Verdict.GOOD, ("qwen2:0.5b",))
-    assert asked == ["GET /v1/models", "GET /api/tags"]
+    assert asked == ["GET /v1/models", "GET /api/tags", "GET /api/ps"]

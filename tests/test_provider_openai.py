@@ -6,6 +6,7 @@ test's id is the section of that record. It plays nothing else, and notes every 
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -30,8 +31,9 @@ from beacon_proxy.contracts import (
     Reading,
     Usage,
     Verdict,
+    Warmth,
 )
-from providers.checking import origin, plain
+from providers.checking import hot_models, origin, plain
 from providers.openai import OpenAI, join_target, url_problem
 from providers.reading import read_answer
 
@@ -201,6 +203,14 @@ def listed(*names: str, owner: str) -> bytes:
     return json.dumps({"object": "list", "data": rows}).encode()
 
 
+def routed(*names_and_states: str) -> bytes:
+    rows = [
+        {"id": name, "object": "model", "owned_by": "llamacpp", "status": {"value": state}}
+        for name, state in zip(names_and_states[::2], names_and_states[1::2], strict=True)
+    ]
+    return json.dumps({"object": "list", "data": rows}).encode()
+
+
 LLAMA_CPP = json.dumps(
     {
         "models": [{"name": "tiny", "model": "tiny", "capabilities": ["completion"]}],
@@ -213,18 +223,41 @@ LLAMA_CPP = json.dumps(
 TAGS = json.dumps(
     {"models": [{"name": "llama3.2:1b", "model": "llama3.2:1b"}, {"model": "qwen2:0.5b"}]}
 ).encode()
-MODELS, GET_MODELS = "/v1/models", "GET /v1/models"
+OLLAMA = listed("llama3.2:1b", owner="library")
+HOT = b'{"models":[{"name":"llama3.2:1b","model":"llama3.2:1b","size_vram":1324}]}'
+MODELS, GET_MODELS, GET_PS = "/v1/models", "GET /v1/models", "GET /api/ps"
 
 
 @pytest.mark.parametrize(
     ("routes", "backend", "asked", "expected"),
     [
         pytest.param(
-            {MODELS: (200, LLAMA_CPP), "/health": (200, b'{"status":"ok"}')},
+            {MODELS: (200, LLAMA_CPP), "/props": (200, b'{"total_slots":2,"is_sleeping":false}')},
             BACKEND,
-            [GET_MODELS, "GET /health"],
-            Check(Verdict.GOOD, models=("tiny",)),
+            [GET_MODELS, "GET /props"],
+            Check(Verdict.GOOD, models=("tiny",), warmth=Warmth.WARM, hot=("tiny",)),
             id="4.2 llama.cpp",
+        ),
+        pytest.param(
+            {MODELS: (200, LLAMA_CPP), "/props": (200, b'{"total_slots":2,"is_sleeping":true}')},
+            BACKEND,
+            [GET_MODELS, "GET /props"],
+            Check(Verdict.GOOD, models=("tiny",), warmth=Warmth.COLD, hot=()),
+            id="4.2 llama.cpp sleeps; /slots would wake it",
+        ),
+        pytest.param(
+            {MODELS: (200, routed("a", "unloaded", "b", "loaded", "c", "sleeping"))},
+            BACKEND,
+            [GET_MODELS, "GET /props"],
+            Check(Verdict.GOOD, models=("a", "b", "c"), warmth=Warmth.WARM, hot=("b",)),
+            id="4.2 llama.cpp as a router of models",
+        ),
+        pytest.param(
+            {MODELS: (200, routed("a", "unloaded", "b", "loading"))},
+            BACKEND,
+            [GET_MODELS, "GET /props"],
+            Check(Verdict.GOOD, models=("a", "b"), warmth=Warmth.COLD, hot=()),
+            id="4.2 llama.cpp as a router that holds none",
         ),
         pytest.param(
             {MODELS: (503, LOADING)},
@@ -234,14 +267,14 @@ MODELS, GET_MODELS = "/v1/models", "GET /v1/models"
             id="4.2 llama.cpp loads",
         ),
         pytest.param(
-            {MODELS: (200, LLAMA_CPP), "/health": (503, LOADING)},
+            {MODELS: (200, LLAMA_CPP), "/props": (503, LOADING)},
             BACKEND,
-            [GET_MODELS, "GET /health"],
+            [GET_MODELS, "GET /props"],
             Check(
                 Verdict.BUSY,
                 models=("tiny",),
                 fault=Fault.LOADING,
-                detail="llamacpp is not ready (/health says 503)",
+                detail="llamacpp is not ready (/props says 503)",
             ),
             id="4.2 llama.cpp lists its model and loads it",
         ),
@@ -267,7 +300,12 @@ MODELS, GET_MODELS = "/v1/models", "GET /v1/models"
             {MODELS: (200, listed("tiny", "lora", owner="vllm")), "/health": (200, b"")},
             BACKEND,
             [GET_MODELS, "GET /health"],
-            Check(Verdict.GOOD, models=("tiny", "lora")),
+            Check(
+                Verdict.GOOD,
+                models=("tiny", "lora"),
+                warmth=Warmth.WARM,
+                hot=("tiny", "lora"),
+            ),
             id="4.3 vLLM",
         ),
         pytest.param(
@@ -286,22 +324,65 @@ MODELS, GET_MODELS = "/v1/models", "GET /v1/models"
             {MODELS: (200, listed("tiny", owner="sglang")), "/ready": (200, b"")},
             BACKEND,
             [GET_MODELS, "GET /ready"],
-            Check(Verdict.GOOD, models=("tiny",)),
+            Check(Verdict.GOOD, models=("tiny",), warmth=Warmth.WARM, hot=("tiny",)),
             id="4.4 SGLang, whose /health would generate",
         ),
         pytest.param(
             {MODELS: (200, listed("tiny", owner="sglang"))},
             BACKEND,
             [GET_MODELS, "GET /ready"],
-            Check(Verdict.GOOD, models=("tiny",)),
+            Check(Verdict.GOOD, models=("tiny",), warmth=Warmth.WARM, hot=("tiny",)),
             id="4.4 an SGLang without /ready",
         ),
         pytest.param(
-            {MODELS: (200, listed("llama3.2:1b", owner="library"))},
+            {MODELS: (200, OLLAMA), "/api/ps": (200, HOT)},
+            BACKEND,
+            [GET_MODELS, GET_PS],
+            Check(Verdict.GOOD, models=("llama3.2:1b",), warmth=Warmth.WARM, hot=("llama3.2:1b",)),
+            id="4.1 Ollama with its model in memory",
+        ),
+        pytest.param(
+            {MODELS: (200, OLLAMA), "/api/ps": (200, b'{"models":[]}')},
+            BACKEND,
+            [GET_MODELS, GET_PS],
+            Check(Verdict.GOOD, models=("llama3.2:1b",), warmth=Warmth.COLD, hot=()),
+            id="4.1 Ollama with nothing in memory",
+        ),
+        pytest.param(
+            {MODELS: (200, OLLAMA)},
+            BACKEND,
+            [GET_MODELS, GET_PS],
+            Check(Verdict.GOOD, models=("llama3.2:1b",)),
+            id="4.1 an Ollama of before /api/ps",
+        ),
+        pytest.param(
+            {MODELS: (200, OLLAMA), "/api/ps": (500, b"boom")},
+            BACKEND,
+            [GET_MODELS, GET_PS],
+            Check(Verdict.GOOD, models=("llama3.2:1b",)),
+            id="4.1 an Ollama whose /api/ps fails",
+        ),
+        pytest.param(
+            {
+                MODELS: (200, listed("hf.co/me/x-GGUF:Q4_K_M", "me/y:latest", owner="hf.co/me")),
+                "/api/ps": (200, HOT),
+            },
+            BACKEND,
+            [GET_MODELS, GET_PS],
+            Check(
+                Verdict.GOOD,
+                models=("hf.co/me/x-GGUF:Q4_K_M", "me/y:latest"),
+                warmth=Warmth.WARM,
+                hot=("llama3.2:1b",),
+            ),
+            id="4.1 Ollama with models of others, known by their tags",
+        ),
+        pytest.param(
+            {MODELS: (200, listed("google/gemma", "openai/gpt:free", owner="system"))},
             BACKEND,
             [GET_MODELS],
-            Check(Verdict.GOOD, models=("llama3.2:1b",)),
-            id="4.1 Ollama",
+            Check(Verdict.GOOD, models=("google/gemma", "openai/gpt:free")),
+            id="a service that is none of these is asked nothing else",
         ),
         pytest.param(
             {MODELS: (200, b'{"object":"list","data":null}')},
@@ -313,7 +394,7 @@ MODELS, GET_MODELS = "/v1/models", "GET /v1/models"
         pytest.param(
             {"/api/tags": (200, TAGS)},
             BACKEND,
-            [GET_MODELS, "GET /api/tags"],
+            [GET_MODELS, "GET /api/tags", GET_PS],
             Check(Verdict.GOOD, models=("llama3.2:1b", "qwen2:0.5b")),
             id="4.1 an Ollama of before /v1/models",
         ),
@@ -415,10 +496,10 @@ async def test_check_when_rows_are_strange_keeps_what_can_be_read() -> None:
 
 async def test_check_when_url_ends_in_v1_asks_beside_it() -> None:
     backend = replace(BACKEND, base_path="/llm/v1")
-    routes: Routes = {"/llm/v1/models": (200, LLAMA_CPP), "/llm/health": (200, b"")}
+    routes: Routes = {"/llm/v1/models": (200, LLAMA_CPP), "/llm/props": (200, b"{}")}
     async with playing(routes, backend) as played:
         assert (await check(played.backend)).verdict is Verdict.GOOD
-        assert played.asked == ["GET /llm/v1/models", "GET /llm/health"]
+        assert played.asked == ["GET /llm/v1/models", "GET /llm/props"]
 
 
 async def test_check_when_backend_has_key_and_headers_sends_them_with_each_question() -> None:
@@ -431,6 +512,25 @@ async def test_check_when_backend_has_key_and_headers_sends_them_with_each_quest
         assert headers["X-Api-Key"] == "other"
         assert headers["X-Team"] == "research"
         assert headers["User-Agent"] == "beacon-proxy/0 (check)"
+
+
+async def test_hot_models_when_server_stays_silent_or_is_gone_says_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is only good to know must not make a strike of a good server."""
+    monkeypatch.setattr("providers.checking._ASIDE", 0.05)
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    backend = replace(BACKEND, port=server.sockets[0].getsockname()[1])
+    async with aiohttp.ClientSession() as session:
+        assert await hot_models(backend, session) is None
+        server.close()
+        await server.wait_closed()
+        assert await hot_models(backend, session) is None
 
 
 async def test_check_when_nobody_listens_raises_for_the_caller_to_translate() -> None:
