@@ -485,7 +485,8 @@ class Reading:
 class Hop:
     """What an answer that is not yet the answer asks for; see `Hops`."""
 
-    target: bytes | None = None  # of a GET on the same backend; None: the same request once more
+    # of a GET on the same backend; None: the same request once more, for the backend is starting
+    target: bytes | None = None
     delay: float = 0.0  # s to wait before
 
 
@@ -573,8 +574,10 @@ class Hops(Protocol):
         """What to do before this answer counts as one; None: it counts.
 
         Asked for answers of status 300 and above that are not yet passed on. `target` is what was
-        asked for last, `hops` how often this request has hopped. The same request is repeated only
-        where it may be and no other candidate is known to be warm.
+        asked for last (the client's own at first), `hops` how often in a row this request hopped on
+        an answer of this status. The same request is repeated only where it may be and no other
+        candidate is known to be warm. What still hops when its time is over is a timeout; only a
+        request that would be repeated leaves the last answer standing.
         """
         ...
 

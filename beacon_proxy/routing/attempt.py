@@ -30,15 +30,16 @@ from ..wire.pool import Pool
 from ..wire.request import Outgoing, Source
 from ..wire.upload import ClientGone, Upload
 from ..wire.wheel import Wheel
+from .fleet import WARMING_TIME
 from .hooks import NO_HOOKS, Hooks
 from .judge import Judgement, of_fault
 
 # Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
 _NEUTRAL, _STRIKE = Verdict.NEUTRAL, Verdict.STRIKE
 _DEADLINE, _CONNECT = Fault.DEADLINE, Stage.CONNECT
-_WARM, _UNKNOWN = Warmth.WARM, Warmth.UNKNOWN
+_WARM, _UNKNOWN, _WARMING = Warmth.WARM, Warmth.UNKNOWN, Warmth.WARMING
 
-HOPS_MOST = 100  # of one attempt; Modal's own cut is one every 150 s
+HOPS_MOST = 1000  # of one attempt; the limits of time end it sooner
 BROKEN_MOST = 3  # connections in a row that break while the result of a hop is waited for
 _CUT = (Fault.CLOSED, Fault.RESET)
 
@@ -177,8 +178,8 @@ class Attempt:
         exchange, backend = self._exchange, self.backend
         first = self.answer.sent_at if self.answer is not None else self.started
         asked: bytes | None = None  # the result's address, once it is known
-        broken = 0
-        for hops in range(HOPS_MOST):
+        broken = hops = status = 0
+        for _ in range(HOPS_MOST):
             answer = self.answer
             if self.error is not None or answer is None or answer.fault is not None:
                 cut = self.error is not None or (answer is not None and answer.fault in _CUT)
@@ -191,15 +192,21 @@ class Attempt:
                 head = answer.head
                 if head is None or head.status < 300:
                     return
-                body, target = answer.body(), asked or exchange.target
+                hops = hops + 1 if head.status == status else 0
+                status, body, target = head.status, answer.body(), asked or exchange.target
                 hop = ask_hop(backend, head.status, head.headers, body, target, hops)
             if hop is None:
                 return
             again = hop.target is None
-            if again and (not self._may_ask_again(source.upload) or warm_elsewhere()):
-                return
+            if again:
+                self._note_warming()
+                if not self._may_ask_again(source.upload) or warm_elsewhere():
+                    return
             self._patience = backend.cold_timeouts or backend.timeouts
-            if monotonic() + hop.delay >= self._ends(first, source, again):
+            if monotonic() + hop.delay >= self._ends(first, lone, again):
+                if not again:
+                    self._let_go()
+                    self.error = self._out_of_time()
                 return
             self._let_go()
             if hop.delay > 0:
@@ -214,21 +221,33 @@ class Attempt:
                 outgoing = source.following(candidate, provider, fields_of, asked)
                 await self._ask(outgoing, None, False, lone, first)
 
+    def _note_warming(self) -> None:
+        """For the others to know it now, not when this attempt has ended."""
+        self.candidate.live.learn_warmth(_WARMING, monotonic() + WARMING_TIME)
+
     def _may_ask_again(self, upload: Upload | None) -> bool:
         return self._exchange.may_repeat and _can_repeat(upload)
 
-    def _ends(self, first: float, source: Source, again: bool) -> float:
+    def _ends(self, first: float, lone: bool, again: bool) -> float:
         """When hopping must be over: an answer that says no more than `later` stands then."""
         exchange, limits = self._exchange, self._patience
         whole = exchange.inference and not exchange.stream and not again
         limit = limits.document if whole else limits.first_content
-        return min(exchange.ends_on(self.backend), first + limit if limit else inf)
+        own = first + limit if limit else inf
+        return min(exchange.ends_on(self.backend), self._answer_by(lone), own)
+
+    def _out_of_time(self) -> UpstreamError:
+        """A result that is not there in time: its address is no answer for the client."""
+        over = monotonic() >= self._exchange.ends_on(self.backend)
+        fault = _DEADLINE if over else Fault.TIMEOUT
+        return UpstreamError(fault, Stage.HEAD, "the result did not come in time", sent=True)
 
     def _let_go(self) -> None:
-        """Give up what is left of an answer that is not the last one."""
+        """Give up an answer that is not the last one: from here on it is none at all."""
         self._stop_upload()
-        if self.answer is not None and not self.answer.ended:
-            self.answer.abandon()
+        answer, self.answer = self.answer, None
+        if answer is not None and not answer.ended:
+            answer.abandon()
 
     async def _carry(self, source: Source, lone: bool) -> None:
         """Let the provider take the request there; it needs the whole body for that."""
@@ -259,12 +278,11 @@ class Attempt:
             await answer.next_step()
 
     def _answer_by(self, lone: bool) -> float:
-        """Where the limit is ours and another could answer: half of what is left is for it."""
+        """Where the limit is ours and another could answer: half of what was left is for it."""
         exchange = self._exchange
         if lone or not exchange.deadline_is_ours or exchange.deadline is None:
             return inf
-        now = monotonic()
-        return now + (exchange.deadline - now) / 2
+        return self.started + (exchange.deadline - self.started) / 2
 
     async def _connect(self) -> Connection:
         """Connect, but not past the end of the exchange."""

@@ -34,7 +34,7 @@ from .hooks import Hooks
 # Looked up once: a member of an enumeration is slow to reach.
 _GOOD, _LOADING = Verdict.GOOD, Fault.LOADING
 _WARM, _WARMING = Warmth.WARM, Warmth.WARMING
-_WARMING_TIME = 600.0  # s that "it is starting" is believed without further news
+WARMING_TIME = 600.0  # s that "it is starting" is believed without further news
 _TOLD_START = 1.0  # s; a start longer than this is worth a line in the log
 _LACKING_TIME = 300.0  # s that a model stays unlikely on a backend that said it has not got it
 _LACKING_MOST = 256  # models remembered so, a backend
@@ -144,7 +144,7 @@ class Fleet:
         elif outcome.verdict is Verdict.STRIKE:
             live.success -= _WEIGHT * live.success
         elif outcome.fault is _LOADING:
-            live.learn_warmth(_WARMING, now + _WARMING_TIME)
+            live.learn_warmth(_WARMING, now + WARMING_TIME)
         elif outcome.fault is Fault.DEADLINE and outcome.sent:
             # No strike, for the client chose how long to wait; but no sign of health either.
             live.success -= _WEIGHT / 2 * live.success
@@ -233,9 +233,9 @@ class Fleet:
         live.last_check = self._unix()
         live.check_latency = check.latency if check.latency is not None else self.now() - started
         if check.warmth is not None:
-            live.learn_warmth(check.warmth, self.now() + _WARMING_TIME)
+            live.learn_warmth(check.warmth, self.now() + WARMING_TIME)
         elif check.fault is _LOADING:
-            live.learn_warmth(_WARMING, self.now() + _WARMING_TIME)
+            live.learn_warmth(_WARMING, self.now() + WARMING_TIME)
         if check.kind is not None and backend.kind != check.kind:
             self._found_kind(backend, live, check.kind)
         if check.capacity is not None:
