@@ -98,6 +98,15 @@ class Fault(StrEnum):
     CLIENT_CLOSED = "client_closed"
 
 
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A fault, with what its provider knows of it beside."""
+
+    fault: Fault
+    detail: str = ""  # for the log; no body, no credential
+    retry_after: float | None = None  # s, where the answer itself does not say
+
+
 class Warmth(StrEnum):
     """Whether a backend has its model in memory, as far as that is known without asking for it."""
 
@@ -638,7 +647,9 @@ class Provider(Protocol):
         """
         ...
 
-    def judge(self, backend: Backend, status: int, headers: Headers, body: bytes) -> Fault | None:
+    def judge(
+        self, backend: Backend, status: int, headers: Headers, body: bytes
+    ) -> Fault | Finding | None:
         """Name what only this family's answers can mean; None: the core's own rules hold.
 
         `body` is the held beginning of the answer.

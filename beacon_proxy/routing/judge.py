@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from ..contracts import Backend, Candidate, Exchange, Fault, Provider, Verdict
+from ..contracts import Backend, Candidate, Exchange, Fault, Finding, Provider, Verdict
 from ..wire.answer import Answer
 from ..wire.expect import HOLD_CAP
 from ..wire.headers import find
@@ -67,10 +67,9 @@ def judge(
         return _GOOD
     if status >= 300 or exchange.inference:
         headers = head.headers if head is not None else ()
-        fault = provider.judge(backend, status, headers, body)
-        if fault is not None:
-            verdict = _VERDICTS.get(fault, Verdict.STRIKE)
-            return Judgement(verdict, fault, _retry_after(answer), elsewhere=True)
+        found = provider.judge(backend, status, headers, body)
+        if found is not None:
+            return _of_finding(found, answer)
     if status >= 400:
         assumed = backend.models is None and candidate.live.models is None
         if status == 404 and exchange.inference and assumed and _lacks_model(answer):
@@ -87,6 +86,14 @@ def judge(
             answer.usage = None  # nothing in it is believed
             return unread
     return judgement
+
+
+def _of_finding(found: Fault | Finding, answer: Answer) -> Judgement:
+    if not isinstance(found, Finding):
+        found = Finding(found)
+    verdict, wait = _VERDICTS.get(found.fault, Verdict.STRIKE), _retry_after(answer)
+    wait = found.retry_after if wait is None else wait
+    return Judgement(verdict, found.fault, wait, found.detail, elsewhere=True)
 
 
 def _lacks_model(answer: Answer) -> bool:
