@@ -619,8 +619,10 @@ class Provider(Protocol):
     """A family of backends. One object a process; it holds no state of a request.
 
     What it may have beside, each looked up by name as the phases of a middleware are: the methods
-    of `Carries`, `Hops`, `Fields`, `Takes` and `Wakes`, and two numbers, `cold_start` (s that its
-    backends may take to start) and `stays_warm` (s after an answer that they surely stay warm).
+    of `Carries`, `Hops`, `Fields`, `Takes` and `Wakes`, two numbers, `cold_start` (s that its
+    backends may take to start) and `stays_warm` (s after an answer that they surely stay warm), and
+    `scales`: where it is true, a request beside others may meet a worker that has yet to start, so
+    that the limits of a cold start hold for it, however warm the backend is.
     """
 
     name: str

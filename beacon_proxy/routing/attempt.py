@@ -112,8 +112,11 @@ class Attempt:
         backend = candidate.backend
         self._patience = backend.timeouts
         self._was = candidate.live.warmth_at(now)
-        if self._was is not _WARM and backend.cold_timeouts is not None:
-            self._patience = backend.cold_timeouts
+        cold = backend.cold_timeouts
+        if cold is not None:
+            beside_others = hooks.scales and candidate.live.in_flight > 0
+            if self._was is not _WARM or beside_others:
+                self._patience = cold
 
     async def open(self, source: Source, *, lone: bool) -> None:
         """Return when the answer can be judged, or `error` says why there is none.

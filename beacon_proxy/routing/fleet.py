@@ -212,7 +212,9 @@ class Fleet:
         """See `contracts.Fleet.check`."""
         backend, live = candidate.backend, candidate.live
         wakes = self.hooks[backend.provider].wakes
-        if wakes is not None and live.warmth_at(self.now()) is not _WARM and wakes(backend):
+        # A busy worker often takes one request at a time: beside it, too, a check would start one.
+        would_start = live.in_flight > 0 or live.warmth_at(self.now()) is not _WARM
+        if wakes is not None and would_start and wakes(backend):
             return None
         session = self._session(backend)
         started = self.now()

@@ -18,7 +18,7 @@ def _no_session(backend: Backend) -> aiohttp.ClientSession:
 
 
 class Hooks(NamedTuple):
-    """The optional methods of one provider, as `contracts` has them; None: it has not got it."""
+    """The optional members of one provider, as `contracts` has them; None: it has not got it."""
 
     carries: Callable[[Backend], bool] | None = None
     carry: (
@@ -29,6 +29,7 @@ class Hooks(NamedTuple):
     fields: Callable[[Backend, Exchange], Headers] | None = None
     takes: Callable[[Backend, Exchange], bool] | None = None
     wakes: Callable[[Backend], bool] | None = None
+    scales: bool | None = None
     session: SessionOf = _no_session  # for `carry`
 
     @classmethod
