@@ -159,8 +159,10 @@ class Backend:
     base_path: str = ""  # no trailing slash
     region: str = ""  # canonical
     pool: str = "burst"  # baseline | burst
+    price_model: str = "serverless"  # serverless | rented
     price_per_second: float = 0.0  # USD that a second of work costs more than a second of none
     idle_price_per_second: float = 0.0  # USD, paid busy or idle (rented)
+    rented_until_unix: float = inf  # s: who uses a rented one beyond that hires it anew
     max_in_flight: int = 8
     models: frozenset[str] | None = None  # canonical names as configured; None: ask, else any
     model_names: tuple[str, ...] = ()  # the same as configured
@@ -175,6 +177,10 @@ class Backend:
     control_url: str = ""  # where free health lives; "": derived by the provider
     aliases: tuple[tuple[str, str], ...] = ()  # a client's name of a model: this backend's
     joined: float = 0.0  # monotonic s at which discovery found it; 0: it was there from the start
+
+    def unrented(self) -> Backend:
+        """What it is once its agreement is over: a second of work costs what the rent did."""
+        return replace(self, price_per_second=self.idle_price_per_second, idle_price_per_second=0.0)
 
 
 class ColdStarts:

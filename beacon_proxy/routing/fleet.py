@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import aiohttp
@@ -75,6 +76,7 @@ class Fleet:
         self._version = version
         self._notify = notify
         self._rows = [(b, Live(model_names=b.model_names)) for b in backends]
+        self._rent_ends = self._next_end_of_rent()
         self.providers = providers
         self.hooks = {name: Hooks.of(each, self._carriage) for name, each in providers.items()}
         used = {backend.provider for backend, _ in self._rows} & self.hooks.keys()
@@ -85,6 +87,8 @@ class Fleet:
 
     def candidates(self) -> list[Candidate]:
         """One new candidate a backend."""
+        if self._rent_ends is not None and self._unix() >= self._rent_ends:
+            self._end_rents()
         return [Candidate(backend, live) for backend, live in self._rows]
 
     def serving(self, model: str | None, tried: Collection[str]) -> list[Candidate]:
@@ -92,6 +96,8 @@ class Fleet:
 
         A backend whose models are not known may serve any.
         """
+        if self._rent_ends is not None and self._unix() >= self._rent_ends:
+            self._end_rents()
         found = []
         for backend, live in self._rows:
             if tried and backend.name in tried:
@@ -102,6 +108,20 @@ class Fleet:
             if usual or model is None or self._serves(backend, live, model):
                 found.append(Candidate(backend, live))
         return found
+
+    def _next_end_of_rent(self) -> float | None:
+        """When the price of some backend changes next; unix s, None: never."""
+        ends = [row.rented_until_unix for row, _ in self._rows if row.idle_price_per_second]
+        return None if min(ends, default=inf) == inf else min(ends)
+
+    def _end_rents(self) -> None:
+        """Price those whose agreement is over as what they cost from now on."""
+        now = self._unix()
+        for at, (row, live) in enumerate(self._rows):
+            if row.idle_price_per_second and row.rented_until_unix <= now:
+                self._rows[at] = (row.unrented(), live)
+                self._notify("backend.rent_ended", backend=row.name)
+        self._rent_ends = self._next_end_of_rent()
 
     def taking(self, exchange: Exchange, candidates: Candidates) -> Candidates:
         """Those whose provider can take this very request."""
