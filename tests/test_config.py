@@ -54,7 +54,10 @@ server: {host: "::", port: 0, region: EU, drain_timeout: 0, max_body_size: 1, ac
 timeouts: {connect: 1, first_content: 2, document: 3, idle: 4, total: 5}
 backends:
   - {name: golem-us-1, provider: golem, url: "http://127.0.0.1:11434", region: us-east,
-     pool: baseline, price_per_second: 0.0001, max_in_flight: 5, models: ["llama3.2:1b"]}
+     pool: baseline, price_per_second: 0.0001, max_in_flight: 5, models: ["llama3.2:1b"],
+     price_per_million_tokens: {input: 0.05, output: 0.2}}
+  - {name: golem-us-2, provider: golem, url: "http://127.0.0.1:11435", kind: ollama,
+     price_model: rented, price_glm_per_hour: 2.0}
   - name: runpod-eu
     provider: runpod
     url: https://api.runpod.ai/v2/ENDPOINT_ID
@@ -63,8 +66,7 @@ backends:
     control_url: https://api.runpod.ai/v2/ENDPOINT_ID
     price_model: rented
     price_per_hour: 0.5
-    price_glm_per_hour: 2.0
-    price_per_million_tokens: {input: 0.05, output: 0.2}
+    rented_until: "2027-01-31T12:00:00+01:00"
     aliases: {"llama3.2:1b": "meta-llama/Llama-3.2-1B-Instruct"}
     timeouts: {first_content: 300}
     headers: {X-Team: research}
@@ -100,7 +102,7 @@ rates: {GLM: 0.25}
     assert settings.middleware[3].options == {"max_queue": 7, "queue_timeout": 10}
     assert settings.alerts.rules.pool_utilisation is not None
     assert settings.alerts.rules.pool_utilisation.for_ == 60
-    runpod = resolve_backends(settings, plugins())[1]
+    runpod = resolve_backends(settings, plugins())[2]
     assert runpod.region == "eu-west"  # left out: this instance's
     assert (runpod.api_key, runpod.tls_verify) == ("k", False)
 
@@ -309,7 +311,6 @@ def test_backend_when_its_url_is_split_keeps_every_part(
         ("budgets: [{name: b, per: day, usd: 1}]", "budgets"),
         ("limits: {tenant_header: X-Tenant}", "limits"),
         ("alerts: {webhooks: [{url: 'https://h/x'}]}", "alerts"),
-        ("rates: {GLM: 1}", "rates"),
     ],
 )
 def test_warning_when_a_section_has_no_effect_yet_names_it(more: str, path: str) -> None:
@@ -321,8 +322,6 @@ def test_warning_when_a_section_has_no_effect_yet_names_it(more: str, path: str)
     "key",
     [
         "control_url: 'http://c'",
-        "price_model: rented",
-        "price_per_hour: 1",
         "price_per_million_tokens: {input: 1, output: 2}",
         "aliases: {a: b}",
     ],

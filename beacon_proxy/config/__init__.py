@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 DEFAULT_FILE = Path("beacon.yaml")
+HOUR = 3600.0  # s
 
 
 def load_settings(path: Path | None, env: Mapping[str, str], plugins: Plugins) -> Settings:
@@ -179,7 +180,6 @@ def resolve_backends(settings: Settings, plugins: Plugins) -> tuple[Backend, ...
 
 def _backend(row: BackendSettings, provider: Provider, settings: Settings) -> Backend:
     scheme, host, port, base_path = split_url(row.url)
-    price = row.price_per_second
     timeouts = _timeouts(row, provider, settings.timeouts)
     stays_warm = getattr(provider, "stays_warm", inf) if row.stays_warm is None else row.stays_warm
     return Backend(
@@ -192,7 +192,7 @@ def _backend(row: BackendSettings, provider: Provider, settings: Settings) -> Ba
         base_path=base_path,
         region=row.region or settings.server.region,
         pool=row.pool or provider.pool,
-        price_per_second=provider.price_per_second if price is None else price,
+        **_prices(row, provider, settings.rates),
         max_in_flight=row.max_in_flight,
         models=None if row.models is None else frozenset(map(canonical_model, row.models)),
         model_names=tuple(row.models or ()),
@@ -207,6 +207,23 @@ def _backend(row: BackendSettings, provider: Provider, settings: Settings) -> Ba
         control_url=(row.control_url or "").rstrip("/"),
         aliases=tuple(row.aliases.items()),
     )
+
+
+def _prices(row: BackendSettings, provider: Provider, rates: Mapping[str, float]) -> dict[str, Any]:
+    """What a second of work and a second of none cost; `check_rows` left one price to a rent."""
+    own = row.price_per_second
+    if row.price_model == "serverless":
+        return {"price_per_second": provider.price_per_second if own is None else own}
+    if row.price_glm_per_hour is not None:
+        own = row.price_glm_per_hour * rates["GLM"] / HOUR
+    elif row.price_per_hour is not None:
+        own = row.price_per_hour / HOUR
+    return {
+        "price_model": "rented",
+        "price_per_second": 0.0,
+        "idle_price_per_second": own or 0.0,
+        "rented_until_unix": inf if row.rented_until is None else row.rented_until,
+    }
 
 
 def _headers(row: BackendSettings) -> Headers:

@@ -10,6 +10,7 @@ from .values import (
     Count,
     HeaderName,
     HeaderValue,
+    Moment,
     Name,
     NotNegative,
     Pool,
@@ -82,7 +83,8 @@ class BackendSettings(Section):
     )
     price_per_second: NotNegative | None = Field(
         default=None,
-        description="USD per second; default by provider: golem .0001, runpod .00025, modal .0003",
+        description="USD per second of work, of rent where rented; default by provider, where"
+        " serverless: golem .0001, runpod .00025, modal .0003",
         examples=[0.0001],
     )
     max_in_flight: Count = Field(default=8, description="requests at once")
@@ -118,17 +120,24 @@ class BackendSettings(Section):
     )
     price_model: Literal["serverless", "rented"] = Field(
         default="serverless",
-        description="serverless: billed while running; rented: by the hour, busy or idle",
+        description="serverless: billed while running; rented: by the hour, busy or idle, so that"
+        " a request costs nothing more until rented_until",
     )
     price_per_hour: NotNegative | None = Field(
         default=None,
-        description="USD per hour, for rented",
+        description="USD per hour of rent; needs price_model: rented",
         examples=[0.5],
     )
     price_glm_per_hour: NotNegative | None = Field(
         default=None,
-        description="GLM per hour, for rented; needs rates: {GLM: …}",
+        description="GLM per hour of rent; needs price_model: rented and rates: {GLM: …}",
         examples=[2.0],
+    )
+    rented_until: Moment | None = Field(
+        default=None,
+        description="when the agreement ends, ISO 8601 with its zone or unix s; from then on a"
+        " request costs its seconds of rent; default: never",
+        examples=["2027-01-31T12:00:00Z"],
     )
     price_per_million_tokens: TokenPrice | None = Field(
         default=None, description="USD per million tokens; replaces seconds where tokens are billed"

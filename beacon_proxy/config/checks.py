@@ -139,14 +139,33 @@ def check_rows(
                 f"{place((*at, 'kind'))}: must be one of {', '.join(provider.kinds)}"
                 f" for provider {name}, got {shown(kind)}"
             )
-        if row.get("price_glm_per_hour") is not None and not _has(rates, "GLM"):
-            problems.append(
-                f"{place((*at, 'price_glm_per_hour'))}: needs rates: {{GLM: USD per GLM}}"
-            )
+        problems += (f"{place((*at, key))}: {wrong}" for key, wrong in _price_problems(row, rates))
         tls = row.get("tls")
         ca_file = tls.get("ca_file") if isinstance(tls, dict) else None
         if isinstance(ca_file, str) and ca_file and (wrong := _no_authorities(ca_file)):
             problems.append(f"{place((*at, 'tls', 'ca_file'))}: {wrong}, got {shown(ca_file)}")
+
+
+_RENTS = ("price_per_hour", "price_glm_per_hour", "price_per_second")
+
+
+def _price_problems(row: Mapping[str, Any], rates: Any) -> Iterator[tuple[str, str]]:
+    """What contradicts itself in the price of a row: key and problem."""
+    model = row.get("price_model", "serverless")
+    given = [key for key in _RENTS if row.get(key) is not None]
+    if row.get("price_glm_per_hour") is not None and not _has(rates, "GLM"):
+        yield "price_glm_per_hour", "needs rates: {GLM: USD per GLM}"
+    if model == "serverless":
+        for key in ("price_per_hour", "price_glm_per_hour", "rented_until"):
+            if row.get(key) is not None:
+                yield key, "needs price_model: rented"
+    elif model == "rented":
+        if row.get("price_per_million_tokens") is not None:
+            yield "price_per_million_tokens", "a rented backend bills hours, not tokens"
+        if not given:
+            yield "price_model", "rented needs price_per_hour or price_glm_per_hour"
+        for key in given[1:]:
+            yield key, f"must not stand beside {given[0]}: a rent has one price"
 
 
 def check_names(rows: Any, place: Callable[[int], str], problems: list[str]) -> None:

@@ -100,13 +100,15 @@ class Settings(Section):
     limits: Limits = Field(default=Limits(), description="limits for a single request")
     alerts: Alerts = Field(default=Alerts(), description="who is told what")
     rates: dict[Text, Positive] = Field(
-        default={}, description="USD per unit of a currency", examples=[{"GLM": 0.25}]
+        default={},
+        description="USD per unit of a currency, for price_glm_per_hour",
+        examples=[{"GLM": 0.25}],
     )
 
     @property
     def warnings(self) -> list[str]:
         """What is set, and valid, but has no effect in this version; one line a key."""
-        later = ["discovery", "ledger", "budgets", "limits", "alerts", "rates"]
+        later = ["discovery", "ledger", "budgets", "limits", "alerts"]
         paths = [key for key in later if getattr(self, key) != _default(Settings, key)]
         for index, row in enumerate(self.backends):
             paths += [
@@ -119,9 +121,6 @@ class Settings(Section):
 
 _LATER_IN_BACKENDS = (
     "control_url",
-    "price_model",
-    "price_per_hour",
-    "price_glm_per_hour",
     "price_per_million_tokens",
     "aliases",
 )

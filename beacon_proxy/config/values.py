@@ -6,6 +6,7 @@ A validator says what a value must be and never quotes it: `problems` knows what
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -16,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -131,6 +133,30 @@ def _scope(value: str) -> str:
     return f"region:{canonical_region(name)}" if kind == "region" else value
 
 
+def _moment(value: Any) -> float:
+    """Unix seconds of a time, which may be given as such."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            try:
+                given = datetime.fromisoformat(value)
+            except ValueError:
+                raise ValueError(_NO_MOMENT) from None
+            if given.tzinfo is None:  # this instance's own zone is nothing to rely on
+                raise ValueError(_NO_MOMENT) from None
+            return given.timestamp()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(_NO_MOMENT)
+    if not _MOMENTS[0] <= value <= _MOMENTS[1]:
+        raise ValueError(_NO_MOMENT)
+    return float(value)
+
+
+_NO_MOMENT = "must be a time with its zone, as 2026-12-01T12:00:00Z, or unix seconds"
+_MOMENTS = (1e9, 1e11)  # unix s, 2001 to 5138: neither a date without dashes nor milliseconds
+
+
 def _origin(value: str) -> str:
     if value != "*":
         scheme, _, _, path = split_url(value)
@@ -142,6 +168,11 @@ def _origin(value: str) -> str:
 # The bounds stand before `no_flag`, else the JSON schema would not know them.
 NotNegative = Annotated[float, Field(ge=0), BeforeValidator(no_flag)]
 Positive = Annotated[float, Field(gt=0), BeforeValidator(no_flag)]
+Moment = Annotated[
+    float,
+    BeforeValidator(_moment),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}]}),
+]
 Port = Annotated[int, Field(ge=0, le=65535), BeforeValidator(no_flag)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(no_flag)]
 Text = Annotated[str, Field(min_length=1)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from math import inf
 from typing import Any
 
 from ...contracts import Candidate, Candidates, Capacity, Check, Live
@@ -26,6 +27,7 @@ def provider(candidate: Candidate, now: float, unix: float, totals: Totals) -> d
     """One entry of /providers. The first eight fields are read by old clients: types are fixed."""
     backend, live = candidate.backend, candidate.live
     ejected = live.ejected_until > now
+    until = backend.rented_until_unix
     return {
         "name": backend.name,
         "type": backend.provider,
@@ -35,6 +37,9 @@ def provider(candidate: Candidate, now: float, unix: float, totals: Totals) -> d
         "avg_latency": round(live.latency or 0.0, 6),
         "success_rate": round(live.success, 6),
         "last_health_check": float(live.last_check),
+        "price_model": backend.price_model,
+        "idle_cost_per_second": float(backend.idle_price_per_second),
+        "rented_until": None if until == inf else until,
         "pool": backend.pool,
         "in_flight": live.in_flight,
         "max_in_flight": backend.max_in_flight,
