@@ -312,9 +312,12 @@ async def test_max_price_when_only_a_rented_one_is_within_it_asks_that_one() -> 
     dear = {"price_per_second": 1.0}
     for until, wanted in (("2099-01-01T00:00:00Z", 200), ("2020-01-01T00:00:00Z", 429)):
         row = {**RENT, "price_per_hour": 3600.0, "rented_until": until}
-        async with RawBackend(json_answer(CHAT.document)) as b:
-            async with proxy({**dear, "url": b}, {**row, "url": b}) as p, RawClient(p.port) as c:
-                got = await c.ask(CHAT.request(stream=False, headers=[limit]), "POST")
+        async with (
+            RawBackend(json_answer(CHAT.document)) as b,
+            proxy({**dear, "url": b}, {**row, "url": b}) as p,
+            RawClient(p.port) as client,
+        ):
+            got = await client.ask(CHAT.request(stream=False, headers=[limit]), "POST")
         assert got.status == wanted
         if wanted == 200:
             assert got.header("x-beacon-backend") == [b"b1"]
