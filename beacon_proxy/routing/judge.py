@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from ..contracts import Backend, Candidate, Exchange, Fault, Finding, Provider, Verdict
+from ..contracts import Backend, Candidate, Exchange, Fault, Finding, Provider, Reading, Verdict
 from ..wire.answer import Answer
 from ..wire.expect import HOLD_CAP
-from ..wire.headers import find
+from ..wire.headers import AnswerHead, find
 from ..wire.watch import load_in, usage_in, usage_of
 
 _VERDICTS = {
@@ -70,6 +70,10 @@ def judge(
         found = provider.judge(backend, status, headers, body)
         if found is not None:
             return _of_finding(found, answer)
+        if exchange.prompt is not None and status < 400 and head is not None:
+            unasked = _judge_unasked(status, head)
+            if unasked is not None:
+                return unasked
     if status >= 400:
         assumed = backend.models is None and candidate.live.models is None
         if status == 404 and exchange.inference and assumed and _lacks_model(answer):
@@ -81,10 +85,7 @@ def judge(
         return _judge_stream(answer)
     judgement = _judge_document(answer, body)
     if exchange.prompt is not None and judgement is _GOOD and answer.complete:
-        unread = _judge_reading(backend, provider, body)
-        if unread is not None:
-            answer.usage = None  # nothing in it is believed
-            return unread
+        return _judge_reading(backend, provider, answer, body)
     return judgement
 
 
@@ -94,6 +95,16 @@ def _of_finding(found: Fault | Finding, answer: Answer) -> Judgement:
     verdict, wait = _VERDICTS.get(found.fault, Verdict.STRIKE), _retry_after(answer)
     wait = found.retry_after if wait is None else wait
     return Judgement(verdict, found.fault, wait, found.detail, elsewhere=True)
+
+
+def _judge_unasked(status: int, head: AnswerHead) -> Judgement | None:
+    """On the translated route nobody goes where a redirect points, and no coding was offered."""
+    if status >= 300:
+        return Judgement(Verdict.STRIKE, Fault.STATUS, detail="redirects", elsewhere=True)
+    if head.coding is not None and head.coding.lower() != b"identity":
+        detail = "a content coding that was not asked for"
+        return Judgement(Verdict.STRIKE, Fault.MALFORMED, detail=detail, elsewhere=True)
+    return None
 
 
 def _lacks_model(answer: Answer) -> bool:
@@ -140,7 +151,9 @@ def _judge_document(answer: Answer, body: bytes) -> Judgement:
             return _GOOD
         body = decoded
     try:
-        document = _loads(body)
+        document = loads(body)
+    except RecursionError:
+        return _GOOD  # deeper than any answer known; whoever asked for it may read it
     except ValueError:
         if not body.strip():
             detail = "a 200 without a body"
@@ -156,19 +169,36 @@ def _judge_document(answer: Answer, body: bytes) -> Judgement:
     return _GOOD
 
 
-def _judge_reading(backend: Backend, provider: Provider, body: bytes) -> Judgement | None:
+def _judge_reading(backend: Backend, provider: Provider, answer: Answer, body: bytes) -> Judgement:
     """On the translated route an answer must also be one that its provider can read."""
-    document = _loads(body)
-    if not isinstance(document, dict):
-        return Judgement(Verdict.STRIKE, Fault.NOT_JSON, detail="no JSON object", elsewhere=True)
-    reading = provider.read(backend, document)
+    reading = read_document(backend, provider, body)
+    fault, detail = fault_in(reading)
+    if fault is not None:
+        answer.usage = None  # nothing in it is believed
+        return Judgement(Verdict.STRIKE, fault, detail=detail, elsewhere=True)
+    if reading is not None and reading.usage is not None:
+        answer.usage = reading.usage
+    return _GOOD
+
+
+def read_document(backend: Backend, provider: Provider, body: bytes) -> Reading | None:
+    """A whole answer as its provider reads it; None where it is no JSON object."""
+    try:
+        document = loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return provider.read(backend, document) if isinstance(document, dict) else None
+
+
+def fault_in(reading: Reading | None) -> tuple[Fault | None, str]:
+    """Why a whole answer is no good on the translated route, and words for the log."""
+    if reading is None:
+        return Fault.NOT_JSON, "the answer is not a JSON object"
     if reading.error is not None:
-        return Judgement(
-            Verdict.STRIKE, Fault.ERROR_BODY, detail="an error behind a 200", elsewhere=True
-        )
+        return Fault.ERROR_BODY, "an error behind a 200"
     if not (reading.text or reading.done or reading.usage):
-        return Judgement(Verdict.STRIKE, Fault.EMPTY, detail="says nothing known", elsewhere=True)
-    return None
+        return Fault.EMPTY, "the answer says nothing known"
+    return None, ""
 
 
 def _decoded(body: bytes, coding: bytes | None) -> bytes | None:
@@ -188,8 +218,11 @@ def _decoded(body: bytes, coding: bytes | None) -> bytes | None:
     return document if inflate.eof else None
 
 
-def _loads(body: bytes) -> Any:
-    """Parse JSON; also what Python servers write for it: NaN, Infinity, lone surrogates."""
+def loads(body: bytes) -> Any:
+    """Parse JSON; also what Python servers write for it: NaN, Infinity, lone surrogates.
+
+    Raises ValueError, and RecursionError where it is nested too deeply.
+    """
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError:

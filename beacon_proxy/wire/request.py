@@ -283,8 +283,11 @@ class Translated:
             (b"X-Request-Id", exchange.id.encode("ascii")),
             (b"Via", b"1.1 beacon-proxy"),
         ]
-        if not any(name.lower() == b"authorization" for name, _ in fields):
+        named = {name.lower() for name, _ in fields}
+        if b"authorization" not in named:
             fields += self._authorization()
+        if b"accept-encoding" not in named:
+            fields.append((b"Accept-Encoding", b"identity"))  # the answer is read here
         if exchange.trace_id is not None:
             fields.append((b"X-Trace-Id", exchange.trace_id.encode("ascii")))
         return field_lines(fields)
