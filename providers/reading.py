@@ -37,17 +37,29 @@ _TEXT = (
     "output",  # RunPod
     "text",
     "content",  # Anthropic, llama.cpp's own
+    "token",  # TGI's own stream, whose last event repeats all of it as generated_text
     "generated_text",  # TGI's own
     "tokens",  # worker-vllm
-    "token",  # TGI's own stream
 )
-_FAILED = frozenset({"failed", "error", "failure", "cancelled", "timed_out"})
+_FAILED = frozenset(
+    {
+        *("failed", "failure", "error", "aborted", "expired"),
+        *("cancelled", "canceled", "timed_out", "timeout"),
+    }
+)
+_PENDING = frozenset({"in_queue", "in_progress", "running", "queued", "pending", "starting"})
+_JOB = _PENDING | {"completed", "failed", "cancelled", "timed_out"}
+_BROKEN = ("error", "abort")  # reasons to finish that are none: OpenRouter's, SGLang's
 _COUNTS = (
     ("prompt_tokens", "completion_tokens"),
     ("input_tokens", "output_tokens"),
-    ("input", "output"),  # worker-vllm
+    ("tokens_prompt", "tokens_generated"),  # /inference
     ("prompt_eval_count", "eval_count"),  # Ollama
+    ("tokens_evaluated", "tokens_predicted"),  # llama.cpp's own
+    ("input_length", "generated_tokens"),  # TGI's own
 )
+_WORKER = (("input", "output"),)  # worker-vllm, inside `usage` alone
+_RECEIPTS = ("receipt", "receipts")
 _MESSAGE_MAX = 500  # characters
 
 
@@ -55,15 +67,18 @@ def read_answer(document: Mapping[str, Any]) -> Reading:
     """Read the text, the counts and the error of an answer or of one of its events.
 
     One reader for all, since gateways mix the shapes. `text` is `""` where there is none or where
-    the answer is an error. `done` may come before the event that carries the usage.
+    the answer is an error; a job that is not done yet is one. `done` may come before the event that
+    carries the usage. `extra` has `receipt` (and `receipts`), and the `job_id` of a job object.
     """
-    metadata = _mapping(document.get("metadata"))
-    receipt = document.get("receipt") or metadata.get("receipt")
-    extra = {"receipt": receipt} if receipt else {}
-    done = document.get("done") is True or bool(_first_choice(document).get("finish_reason"))
-    usage = _usage_in(document) or _counted({"eval_count": metadata.get("tokens_generated")})
+    events = _events_in(document.get("output"))
+    if events is not None:
+        document = {**document, "output": events}
     error = _error_in(document)
-    return Reading("" if error else _text_in(document), done, usage, error, extra)
+    text = "" if error else _text_in(document)
+    if error is None and not text and _state(document) in _PENDING:
+        # Taken for an answer, it would be an empty text at a price.
+        error = f"the job is still {document['status']}"
+    return Reading(text, _is_done(document), _usage_in(document), error, _extra_in(document))
 
 
 def _text_in(value: Any, depth: int = 0) -> str:
@@ -72,8 +87,8 @@ def _text_in(value: Any, depth: int = 0) -> str:
     if depth > _DEPTH:
         return ""
     if isinstance(value, list):
-        return "".join(_text_in(item, depth + 1) for item in value)
-    if not isinstance(value, Mapping) or _is_thought(value):
+        return "".join([_text_in(item, depth + 1) for item in value])
+    if not isinstance(value, Mapping) or _is_no_text(value):
         return ""
     for key in _TEXT:
         held = _first_choice(value) if key == "choices" else value.get(key)
@@ -84,9 +99,20 @@ def _text_in(value: Any, depth: int = 0) -> str:
     return ""
 
 
-def _is_thought(part: Mapping[str, Any]) -> bool:
+def _is_no_text(part: Mapping[str, Any]) -> bool:
+    """A thought, or a token that is a mark of the model's own, such as its end."""
     kind = part.get("type")
-    return isinstance(kind, str) and kind.startswith(("reasoning", "thinking"))
+    thought = isinstance(kind, str) and kind.startswith(("reasoning", "thinking"))
+    return thought or part.get("special") is True
+
+
+def _is_done(document: Mapping[str, Any]) -> bool:
+    return (
+        document.get("done") is True
+        or any(_first_choice(each).get("finish_reason") for each in _holders(document))
+        or isinstance(document.get("stop_reason"), str)  # Anthropic
+        or ("token" in document and isinstance(document.get("generated_text"), str))  # TGI
+    )
 
 
 def _first_choice(document: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -95,39 +121,69 @@ def _first_choice(document: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _error_in(document: Mapping[str, Any]) -> str | None:
+    # worker-vllm hides an error in the output of a completed job.
+    return next((said for each in _holders(document) if (said := _error_of(each))), None)
+
+
+def _error_of(document: Mapping[str, Any]) -> str | None:
     if error := document.get("error"):
         return _message(error)
-    status = document.get("status")
-    failed = status is False or (isinstance(status, str) and status.lower() in _FAILED)
-    if failed or document.get("success") is False:
+    if _has_failed(document):
         return _message(document.get("failure") or document)
-    if "error" in (document.get("object"), document.get("type")):  # SGLang's flat shape
-        return _message(document)
-    # worker-vllm hides an error in the output of a completed job.
-    errors = (item.get("error") for item in _items(document.get("output")))
-    return next((_message(error) for error in errors if error), None)
+    choice = _first_choice(document)
+    reason = choice.get("finish_reason")
+    if choice.get("error") or (isinstance(reason, str) and reason in _BROKEN):
+        return _message(choice.get("error") or f"the generation ended with: {reason}")
+    return None
+
+
+def _has_failed(document: Mapping[str, Any]) -> bool:
+    status = document.get("status")
+    return (
+        status is False
+        or _state(document) in _FAILED
+        or ((code := _count(status)) is not None and code >= 400)
+        or document.get("success") is False
+        or bool(_mapping(document.get("failure")))
+        or "error" in (document.get("object"), document.get("type"))  # SGLang's flat shape
+    )
+
+
+def _state(document: Mapping[str, Any]) -> str:
+    status = document.get("status")
+    return status.lower() if isinstance(status, str) else ""
 
 
 def _message(error: Any) -> str:
     if isinstance(error, str) and error.startswith("{"):
         error = load(error.encode(errors="replace")) or error  # the runpod SDK, with its traceback
-    if isinstance(error, Mapping):
-        keys = ("message", "error_message", "detail", "code", "status")
-        error = next((error[key] for key in keys if isinstance(error.get(key), str)), None)
+    for _ in range(_DEPTH):
+        if isinstance(error, list):
+            error = error[0] if error else None
+        elif isinstance(error, Mapping):
+            keys = ("message", "error_message", "detail", "msg", "code", "status")
+            told = (error[key] for key in keys if isinstance(error.get(key), str | list | Mapping))
+            error = next(told, None)
     said = error.strip() if isinstance(error, str) else ""
     return said[:_MESSAGE_MAX] or "the backend reported an error without a message"
 
 
 def _usage_in(document: Mapping[str, Any]) -> Usage | None:
-    # worker-vllm counts in the batches of its output, on from one to the next.
+    """The counts of the last place that has any: worker-vllm's batches count on."""
     usage = None
-    for holder in (*_items(document.get("output")), document):
-        usage = _counted(_mapping(holder.get("usage")) or holder) or usage
+    metadata = _mapping(document.get("metadata"))
+    inner = (_mapping(document.get(name)) for name in ("message", "details"))  # Anthropic, TGI
+    for holder in (metadata, *inner, *_items(document.get("output")), document):
+        usage = (
+            _counted(_mapping(holder.get("usage")), _COUNTS + _WORKER)
+            or _counted(holder, _COUNTS)
+            or usage
+        )
     return usage
 
 
-def _counted(counts: Mapping[str, Any]) -> Usage | None:
-    for given, made in _COUNTS:
+def _counted(counts: Mapping[str, Any], names: Iterable[tuple[str, str]]) -> Usage | None:
+    for given, made in names:
         pair = (_count(counts.get(given)), _count(counts.get(made)))
         if pair != (None, None):
             return Usage(pair[0] or 0, pair[1] or 0)
@@ -137,6 +193,47 @@ def _counted(counts: Mapping[str, Any]) -> Usage | None:
 def _count(value: Any) -> int | None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     return value if whole and value >= 0 else None
+
+
+def _extra_in(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What a client or an operator wants to have beside the text."""
+    found: dict[str, Any] = {}
+    for holder in _holders(document):
+        for place in (holder, _mapping(holder.get("metadata"))):
+            for name in _RECEIPTS:
+                if place.get(name):
+                    found.setdefault(name, place[name])
+    several = found.get("receipts")
+    if "receipt" not in found and several:
+        found["receipt"] = several[0] if isinstance(several, list) else several
+    job = document.get("id")
+    if isinstance(job, str) and job and _state(document) in _JOB and "object" not in document:
+        found["job_id"] = job
+    return found
+
+
+def _events_in(output: Any) -> list[Any] | None:
+    """What worker-vllm's output holds where it was asked for a stream: its events, as their text.
+
+    One piece may hold several events, and an error stands beside them. None: it is no such output.
+    """
+    pieces = output if isinstance(output, list) else [output]
+    said = "".join([piece for piece in pieces if isinstance(piece, str)])
+    if not said.startswith("data: {"):
+        return None
+    found: list[Any] = []
+    for line in said.splitlines():
+        name, _, data = line.partition(":")
+        if name == "data" and data.strip() != "[DONE]":
+            found.append(load(data.encode(errors="replace")))
+    if not all(isinstance(event, Mapping) for event in found):
+        return None  # a text that only begins like one
+    return found + [piece for piece in pieces if isinstance(piece, Mapping)]
+
+
+def _holders(document: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    """The document, and what its job put out."""
+    return (document, *_items(document.get("output")))
 
 
 def _items(output: Any) -> Iterable[Mapping[str, Any]]:
