@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import orjson
 
-from ..contracts import Backend, Fault, Headers, Provider, Reading
+from ..contracts import Backend, Fault, Headers, Provider, Reading, Usage
+from ..routing.judge import fault_in, loads, read_document
 from ..wire.answer import Answer
 from ..wire.relay import ClientSink
 
 ANSWER_CAP = 16 << 20  # bytes of a backend's answer, and of one event
+_LINE_MOST = 500  # bytes of an error's words
 JSON = (b"Content-Type", b"application/json")
 _NDJSON = (b"Content-Type", b"application/x-ndjson")
 
@@ -21,14 +24,15 @@ class Reader:
     """The sink of a translated answer: reads it back, and passes the text on where it streams.
 
     Attributes:
-        reading: the last thing read: of a document all of it.
-        problem: why the answer is no good, where it is not.
+        reading: what the answer says: text (but of a stream that was passed on), counts, receipts.
+        problem: why the answer is no good, where it is not; fault: the same for the code.
     """
 
     def __init__(self, sink: ClientSink, stream: bool) -> None:
         self._sink = sink
         self._stream = stream
         self._events = False
+        self._late = False  # the answer was passed on before its provider could read all of it
         self._rest = b""
         self._added = b""
         self._texts: list[str] = []
@@ -39,6 +43,7 @@ class Reader:
         self.status: int | None = None
         self.reading = Reading()
         self.problem: str | None = None
+        self.fault: Fault | None = None
 
     def join(self, backend: Backend, provider: Provider) -> None:
         self._backend, self._provider = backend, provider
@@ -46,17 +51,18 @@ class Reader:
     def start(self, answer: Answer, added: bytes) -> None:
         self._answer, self.status = answer, answer.status
         self._added = added
-        self._rest, self.problem, self.reading = b"", None, Reading()
+        self._rest, self.problem, self.fault, self.reading = b"", None, None, Reading()
         self._texts, self._size = [], 0
         good = (answer.status or 0) < 300
         self._events = good and answer.head is not None and answer.head.events
+        self._late = good and (self._events or not answer.complete)
 
     def write(self, data: bytes) -> None:
         self._size += len(data)
         held = self._size if not self._stream else len(self._rest)
         if held > ANSWER_CAP and self._answer is not None:
-            self.problem = "the answer is too large"
-            self._answer.cut(Fault.MALFORMED, self.problem)
+            self._refuse(Fault.MALFORMED, "the answer is too large")
+            self._answer.cut(Fault.MALFORMED, "the answer is too large")
             return
         self._rest += data
         if self._events:
@@ -69,37 +75,53 @@ class Reader:
             line = line[5:].strip()
         elif not line.startswith(b"{"):
             return  # a comment, an event's name, a blank line
-        if line == b"[DONE]":
+        if line in (b"", b"[DONE]") or self.problem is not None:
             return
         read = self._read(line)
-        usage = read.usage or self.reading.usage
+        if read is None or read.error is not None:
+            self._refuse_as(read)
+            return
         if not self._stream:
             self._texts.append(read.text)
-        self.reading = Reading("", read.done, usage, read.error, read.extra or self.reading.extra)
-        if read.error is not None:
-            self.problem = read.error
+        said = self.reading
+        extra = {**said.extra, **read.extra} if read.extra else said.extra
+        self.reading = Reading(
+            "", read.done or said.done, _both(said.usage, read.usage), None, extra
+        )
         if self._stream and read.text:
             self._line({"response": read.text, "done": False})
 
-    def _read(self, data: bytes) -> Reading:
+    def _read(self, data: bytes) -> Reading | None:
         assert self._backend is not None
         assert self._provider is not None
-        try:
-            document = orjson.loads(data)
-        except orjson.JSONDecodeError:
-            document = None
-        if not isinstance(document, dict):
-            return Reading(error="the backend's answer is not a JSON object")
-        return self._provider.read(self._backend, document)
+        return read_document(self._backend, self._provider, data)
+
+    def _refuse_as(self, read: Reading | None) -> None:
+        """By what was read: an error, nothing, or no JSON at all."""
+        fault, detail = fault_in(read)
+        if fault is not None:
+            words = read.error if read is not None else None
+            self._refuse(fault, words or f"the backend's answer is no good: {detail}")
+
+    def _refuse(self, fault: Fault, problem: str) -> None:
+        self.fault, self.problem = fault, problem
 
     def finish(self, trailers: Headers) -> None:
-        self._answer = None
+        answer, self._answer = self._answer, None
         if self._events:
+            if self._rest.strip():
+                self._event(self._rest.strip())  # the last line, where nothing ends it
             self.reading = replace(self.reading, text="".join(self._texts))
         elif self.problem is None:
-            self.reading = self._read(self._rest)
-            self.problem = self.reading.error
+            read = self._read(self._rest)
+            self.reading = read or Reading()
+            if self.status is not None and self.status >= 300:
+                self.problem = self.reading.error or _words(self._rest, self.status)
+            else:
+                self._refuse_as(read)
         self._rest = b""
+        if self._late and self.fault is not None and answer is not None:
+            answer.fault, answer.detail = self.fault, "found once it was passed on"
 
     def flush(self) -> None:
         """Nothing is held back: each line goes out as it is made."""
@@ -110,16 +132,17 @@ class Reader:
     def fail(self, event: bytes | None) -> None:
         self._answer = None
         self.problem = self.problem or "the backend's answer broke off"
+        self._rest = b""
 
     def _line(self, content: Mapping[str, Any]) -> None:
         if not self._sink.status:
             self._sink.begin_own(200, (_NDJSON, (b"X-Accel-Buffering", b"no")), self._added)
-        self._sink.write(orjson.dumps(content) + b"\n")
+        self._sink.write(_dumps(content) + b"\n")
 
     def send(self, content: dict[str, Any], *, broken: bool) -> None:
         """Send the last word: the whole answer, or the last line of a stream."""
         if not self._stream:
-            body = orjson.dumps(content)
+            body = _dumps(content)
             self._sink.send_own(200, (JSON,), body, self._added)
             return
         if self.problem is None and self.reading.text and not self._events:
@@ -129,3 +152,30 @@ class Reader:
             self._sink.fail(None)
         else:
             self._sink.finish(())
+
+
+def _words(body: bytes, status: int) -> str:
+    """What an error says that is none of a dialect known: a plain line, or FastAPI's `detail`."""
+    try:
+        document = loads(body)
+    except (ValueError, RecursionError):
+        line = body.lstrip()[:_LINE_MOST].partition(b"\n")[0].decode(errors="replace").strip()
+        said = line if line.isprintable() and not line.startswith("<") else ""
+    else:
+        told = document if isinstance(document, dict) else {}
+        said = next((s for k in ("detail", "message") if isinstance(s := told.get(k), str)), "")
+    return said.strip()[:_LINE_MOST] or f"the backend answered {status}"
+
+
+def _both(told: Usage | None, new: Usage | None) -> Usage | None:
+    """Counts of a stream add up: Anthropic tells the prompt's first, and the rest at the end."""
+    if told is None or new is None:
+        return new or told
+    return Usage(new.input or told.input, new.output or told.output)
+
+
+def _dumps(content: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(content)
+    except TypeError:  # half a surrogate, or a number too long, in what a backend said
+        return json.dumps(content).encode()
