@@ -164,8 +164,8 @@ class Backend:
     idle_price_per_second: float = 0.0  # USD, paid busy or idle (rented)
     rented_until_unix: float = inf  # s: who uses a rented one beyond that hires it anew
     max_in_flight: int = 8
-    models: frozenset[str] | None = None  # canonical names as configured; None: ask, else any
-    model_names: tuple[str, ...] = ()  # the same as configured
+    models: frozenset[str] | None = None  # canonical, as configured, aliases too; None: ask
+    model_names: tuple[str, ...] = ()  # the same as configured, less the aliases
     api_key: str = field(default="", repr=False)
     kind: str = "auto"
     headers: Headers = field(default=(), repr=False)  # added to each request to this backend
@@ -228,8 +228,9 @@ class Live:
     last_check: float = 0.0  # unix s; 0: never
     check: Check | None = None  # the last one
     check_latency: float | None = None  # s
-    models: frozenset[str] | None = None  # canonical names it was found to serve; None: not known
+    models: frozenset[str] | None = None  # canonical, as found, with aliases; None: not known
     model_names: tuple[str, ...] = ()  # the same as the backend spells them
+    names: dict[str, str] = field(default_factory=dict)  # a client's name of a model: its own
     hot: frozenset[str] | None = None  # canonical names it has in memory; None: not known
     capacity: Capacity | None = None  # as its provider last told
     warmth: Warmth = Warmth.UNKNOWN  # as last learnt; `warmth_at` says what holds now

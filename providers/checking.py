@@ -122,16 +122,11 @@ def _held(document: Any, models: tuple[str, ...], state: Any) -> tuple[str, ...]
     if isinstance(state, Mapping) and state.get("is_sleeping") is True:
         return ()
     rows = [row for row in document.get("data") or () if isinstance(row, Mapping)]
-    said = [(row.get("id"), row.get("status")) for row in rows]
-    states = [(name, state["value"]) for name, state in said if _tells(state)]
+    states = {row.get("id"): row["status"] for row in rows if isinstance(row.get("status"), dict)}
     if not states:
         return models
     # llama.cpp as a router of models
-    return tuple(name for name, value in states if value == "loaded" and name in models)
-
-
-def _tells(state: Any) -> bool:
-    return isinstance(state, Mapping) and "value" in state
+    return tuple(name for name in models if states.get(name, {}).get("value") == "loaded")
 
 
 def _warmth(hot: tuple[str, ...] | None) -> Warmth | None:

@@ -323,7 +323,6 @@ def test_warning_when_a_section_has_no_effect_yet_names_it(more: str, path: str)
     [
         "control_url: 'http://c'",
         "price_per_million_tokens: {input: 1, output: 2}",
-        "aliases: {a: b}",
     ],
 )
 def test_warning_when_a_key_of_a_backend_has_no_effect_yet_names_it(key: str) -> None:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from math import inf, isfinite
+from typing import Any
 
 import orjson
 
-from ..contracts import Exchange
+from ..contracts import Exchange, Headers
 from ..errors import BadRequest
 from ..regions import canonical_region
 from ..wire.dialects import INFERENCE_ROUTES, Route
-from ..wire.headers import RequestHead
+from ..wire.headers import RequestHead, find
+from ..wire.rename import LOOK_CAP, members, value
 from ..wire.upload import Upload
-
-LOOK_CAP = 256 << 10  # bytes; a larger body is searched at its beginning, not parsed
 
 LONGEST = 86_400.0  # s; a longer deadline is none
 
 _BAD_TARGET = re.compile(rb"[\x00-\x20\x7f#]")
 _ABSOLUTE = re.compile(rb"https?://(?:[^/?#@]*@)?([^/?#]*)", re.IGNORECASE)
-_MODEL = re.compile(rb'"model"\s*:\s*"((?:[^"\\]|\\.){1,256})"')
-_STREAM = re.compile(rb'"stream"\s*:\s*(true|false)')
+_SESSION_FIELDS = (b"modal-session-id", b"x-session-id")
+_SESSIONS = ("prompt_cache_key", "session_id", "user")
+_READ = ("model", "stream", *_SESSIONS, "metadata")
+_SESSION_LONGEST = 1024  # characters; a longer one is no name
 _BOOLS = {b"true": True, b"false": False}
 
 
@@ -96,34 +99,52 @@ def _number(value: bytes, name: str) -> float:
     return number
 
 
-def look(exchange: Exchange, route: Route | None, upload: Upload) -> None:
+def look(exchange: Exchange, route: Route | None, upload: Upload, sessions: bool) -> None:
     """Read `model` and `stream` from a JSON body; anything else in it is the backend's business.
 
-    Of a body that is too large to be kept, what there is.
+    Of a body that is too large to be kept, what there is. With `sessions` also who asks.
     """
     streams = route is not None and route.streams
     exchange.stream = streams
     body = exchange.body
+    document: Any
     if body is not None and len(body) <= LOOK_CAP:
         try:
             document = orjson.loads(body)
         except orjson.JSONDecodeError:
             return
-        if isinstance(document, dict):
-            model = document.get("model")
-            exchange.model = model if isinstance(model, str) and model else None
-            stream = document.get("stream")
-            exchange.stream = streams if stream is None else stream is True
-        return
-    start = upload.start
-    found = _MODEL.search(start, 0, LOOK_CAP)
-    if found is not None:
-        try:
-            exchange.model = str(orjson.loads(b'"' + found[1] + b'"'))
-        except orjson.JSONDecodeError:
-            return
-    if (said := _STREAM.search(start, 0, LOOK_CAP)) is not None:
-        exchange.stream = said[1] == b"true"
+    else:  # not parsed, for that may take a second
+        start = upload.beginning(LOOK_CAP) if body is None else body
+        found, _ = members(start, _READ if sessions else _READ[:2])
+        document = {name: value(start, spans[-1]) for name, spans in found.items() if spans}
+    if isinstance(document, dict):
+        model = document.get("model")
+        exchange.model = model if isinstance(model, str) and model else None
+        stream = document.get("stream")
+        exchange.stream = streams if stream is None else stream is True
+        if sessions and exchange.session is None:
+            exchange.session = _session_in(document)
+
+
+def session_of(headers: Headers) -> str | None:
+    """What the client calls its conversation, where it says so in a field."""
+    for name in _SESSION_FIELDS:
+        if said := _session((find(headers, name) or b"").decode("latin-1").strip()):
+            return said
+    return None
+
+
+def _session_in(document: Mapping[str, Any]) -> str | None:
+    """The same of a JSON body: OpenAI's names, what others took over, then Anthropic's."""
+    for name in _SESSIONS:
+        if said := _session(document.get(name)):
+            return said
+    metadata = document.get("metadata")
+    return _session(metadata.get("user_id")) if isinstance(metadata, Mapping) else None
+
+
+def _session(said: Any) -> str | None:
+    return said if isinstance(said, str) and 0 < len(said) <= _SESSION_LONGEST else None
 
 
 def is_json(content_type: bytes | None) -> bool:

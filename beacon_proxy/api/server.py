@@ -27,7 +27,7 @@ from ..wire.relay import ClientSink
 from ..wire.request import Verbatim
 from ..wire.upload import BodyLimits, ClientGone, Upload
 from .cors import Cors
-from .intake import is_json, look, path_of, read_hints, read_target, route_of
+from .intake import is_json, look, path_of, read_hints, read_target, route_of, session_of
 from .naming import answered_by
 from .own import OwnRoute, OwnRoutes
 from .protocol import ClientConnection, Request, Tunnel
@@ -272,6 +272,9 @@ class Api:
     async def _run(
         self, exchange: Exchange, head: RequestHead, upload: Upload, client: Downlink, run: Run
     ) -> None:
+        sessions = self._pipeline.fleet.reads_sessions
+        if sessions:
+            exchange.session = session_of(exchange.headers)
         translator = self._translated.get(exchange.path)
         if translator is not None:
             if exchange.method != "POST":
@@ -287,7 +290,7 @@ class Api:
             json = json or upload.start.lstrip()[:1] == b"{"  # curl -d says it is a form
         exchange.body = upload.body if upload.framed else None
         if json:
-            look(exchange, route, upload)
+            look(exchange, route, upload, sessions)
         await self._pipeline.run(exchange, Verbatim(exchange, head, upload, route), client, run)
 
     def _refuse(self, exchange: Exchange, sink: ClientSink, exc: ProxyError) -> None:

@@ -194,7 +194,7 @@ def _backend(row: BackendSettings, provider: Provider, settings: Settings) -> Ba
         pool=row.pool or provider.pool,
         **_prices(row, provider, settings.rates),
         max_in_flight=row.max_in_flight,
-        models=None if row.models is None else frozenset(map(canonical_model, row.models)),
+        models=_models(row),
         model_names=tuple(row.models or ()),
         api_key=row.api_key.get_secret_value() if row.api_key else "",
         kind=row.kind if row.kind in provider.kinds else provider.kinds[0],
@@ -224,6 +224,13 @@ def _prices(row: BackendSettings, provider: Provider, rates: Mapping[str, float]
         "idle_price_per_second": own or 0.0,
         "rented_until_unix": inf if row.rented_until is None else row.rented_until,
     }
+
+
+def _models(row: BackendSettings) -> frozenset[str] | None:
+    """What clients may ask of it; an alias is served, too."""
+    if row.models is None:
+        return None
+    return frozenset(map(canonical_model, (*row.models, *row.aliases)))
 
 
 def _headers(row: BackendSettings) -> Headers:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..contracts import Provider
+from ..contracts import Provider, canonical_model
 from ..plugins import Plugins, chosen_options, option_model
 from .problems import Place, dotted, first_field, lines, meant, shown
 from .settings import MiddlewareEntry
@@ -140,6 +140,8 @@ def check_rows(
                 f" for provider {name}, got {shown(kind)}"
             )
         problems += (f"{place((*at, key))}: {wrong}" for key, wrong in _price_problems(row, rates))
+        if wrong := _two_names(row.get("aliases")):
+            problems.append(f"{place((*at, 'aliases'))}: {wrong}")
         tls = row.get("tls")
         ca_file = tls.get("ca_file") if isinstance(tls, dict) else None
         if isinstance(ca_file, str) and ca_file and (wrong := _no_authorities(ca_file)):
@@ -166,6 +168,16 @@ def _price_problems(row: Mapping[str, Any], rates: Any) -> Iterator[tuple[str, s
             yield "price_model", "rented needs price_per_hour or price_glm_per_hour"
         for key in given[1:]:
             yield key, f"must not stand beside {given[0]}: a rent has one price"
+
+
+def _two_names(aliases: Any) -> str | None:
+    """Which two aliases are one model to a client, but two to the backend."""
+    first: dict[str, tuple[str, Any]] = {}
+    for alias, name in aliases.items() if isinstance(aliases, dict) else ():
+        known, other = first.setdefault(canonical_model(str(alias)), (str(alias), name))
+        if other != name:
+            return f"{shown(known)} and {shown(alias)} are the same model; must have one name"
+    return None
 
 
 def check_names(rows: Any, place: Callable[[int], str], problems: list[str]) -> None:

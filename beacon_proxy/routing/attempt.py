@@ -27,6 +27,7 @@ from ..wire.carried import Carried, Carriers
 from ..wire.connection import Connection
 from ..wire.dialects import Shape
 from ..wire.pool import Pool
+from ..wire.rename import Renaming
 from ..wire.request import Outgoing, Source
 from ..wire.upload import ClientGone, Upload
 from ..wire.wheel import Wheel
@@ -316,7 +317,8 @@ class Attempt:
             assert upload is not None
             connection.start(answer, outgoing.head, True)
             self._uploading = asyncio.create_task(
-                self._upload(connection, upload, answer), name=f"upload {self._exchange.id}"
+                self._upload(connection, upload, answer, outgoing.renaming),
+                name=f"upload {self._exchange.id}",
             )
         return answer
 
@@ -336,11 +338,14 @@ class Attempt:
             lone,
         )
 
-    async def _upload(self, connection: Connection, upload: Upload, answer: Answer) -> None:
+    async def _upload(
+        self, connection: Connection, upload: Upload, answer: Answer, renaming: Renaming | None
+    ) -> None:
         """Pass the body on as it comes, at the pace of the slower side."""
         idle = self.backend.timeouts.idle or None
         try:
-            async for data in upload.pieces():
+            pieces = upload.pieces()
+            async for data in pieces if renaming is None else renaming.applied(pieces):
                 connection.write(b"%x\r\n%b\r\n" % (len(data), data) if upload.chunked else data)
                 async with asyncio.timeout(idle):
                     await connection.drain()

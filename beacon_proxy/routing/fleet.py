@@ -25,12 +25,12 @@ from ..contracts import (
     Provider,
     Verdict,
     Warmth,
-    canonical_model,
     tell_nobody,
 )
 from ..wire.faults import fault_of
 from ..wire.pool import IDLE_LIMIT, tls_context
 from .hooks import Hooks
+from .spelling import learn, new_live
 
 # Looked up once: a member of an enumeration is slow to reach.
 _GOOD, _LOADING = Verdict.GOOD, Fault.LOADING
@@ -41,8 +41,6 @@ _LACKING_TIME = 300.0  # s that a model stays unlikely on a backend that said it
 _LACKING_MOST = 256  # models remembered so, a backend
 _FIRST_GUESS = 5.0  # s, for the price of an answer while none has been seen
 _WEIGHT = 0.2  # of the newest outcome in the moving averages: about the last ten count
-
-
 _Trust = tuple[bool, bool, str | None]  # https, verify, file of authorities
 CONNECT_LIMIT = 10.0  # s, of the control plane
 
@@ -58,6 +56,7 @@ class Fleet:
         now: its clock.
         providers: by the name that a backend gives as its own; hooks: likewise.
         choosy: some provider's backends cannot take every request.
+        reads_sessions: some provider may put what the client calls its conversation into a field.
         has_totals: some backend limits the whole time of an exchange.
     """
 
@@ -75,12 +74,13 @@ class Fleet:
         self._unix = unix
         self._version = version
         self._notify = notify
-        self._rows = [(b, Live(model_names=b.model_names)) for b in backends]
+        self._rows = [(b, new_live(b)) for b in backends]
         self._rent_ends = self._next_end_of_rent()
         self.providers = providers
         self.hooks = {name: Hooks.of(each, self._carriage) for name, each in providers.items()}
         used = {backend.provider for backend, _ in self._rows} & self.hooks.keys()
         self.choosy = any(self.hooks[name].takes is not None for name in used)
+        self.reads_sessions = any(self.hooks[name].fields is not None for name in used)
         self.has_totals = any(backend.timeouts.total for backend, _ in self._rows)
         self._sessions: dict[_Trust, aiohttp.ClientSession] = {}
         self._carriages: dict[_Trust, aiohttp.ClientSession] = {}
@@ -262,12 +262,7 @@ class Fleet:
             self._found_kind(backend, live, check.kind)
         if check.capacity is not None:
             live.capacity = check.capacity
-        if check.hot is not None:
-            live.hot = frozenset(map(canonical_model, check.hot))
-        if check.models is not None:
-            if not backend.model_names:
-                live.model_names = check.models
-            live.models = frozenset(map(canonical_model, check.models))
+        learn(backend, live, check)
         return check
 
     def _found_kind(self, backend: Backend, live: Live, kind: str) -> None:

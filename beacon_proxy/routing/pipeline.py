@@ -55,7 +55,7 @@ class Pipeline:
     """Takes exchanges through the chain to a backend and back."""
 
     def __init__(self, fleet: Fleet, chain: Chain, wire: Wire, watcher: Watcher) -> None:
-        self._fleet = fleet
+        self.fleet = self._fleet = fleet
         self._chain = chain
         self._wire = wire
         self._watcher = watcher

@@ -14,6 +14,7 @@ from ..contracts import (
     Dialect,
     Exchange,
     Headers,
+    Live,
     Prompt,
     Provider,
     Submission,
@@ -30,6 +31,7 @@ from .headers import (
     passing,
     request_bytes,
 )
+from .rename import LOOK_CAP, Renaming, renaming
 from .upload import Upload
 
 CREDENTIALS = (
@@ -41,6 +43,7 @@ CREDENTIALS = (
     b"modal-secret",
 )
 _OF_BODY = frozenset({b"content-type", b"content-length", b"content-encoding", b"content-language"})
+_DIGESTS = (b"content-digest", b"repr-digest", b"digest", b"content-md5")  # of other bytes
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 FieldsOf = Callable[[Backend, Exchange], Headers]
 
@@ -52,6 +55,7 @@ class Outgoing(NamedTuple):
     body: bytes | None  # None: it comes from the upload
     shape: Shape
     stream: bool
+    renaming: Renaming | None = None  # of what comes from the upload
 
 
 class Source(Protocol):
@@ -143,6 +147,13 @@ class Verbatim:
         self, candidate: Candidate, provider: Provider, fields_of: FieldsOf | None
     ) -> Outgoing:
         exchange, upload, backend = self._exchange, self.upload, candidate.backend
+        special = fields_of(backend, exchange) if fields_of else ()
+        edit: Renaming | None = None
+        model, names = exchange.model, candidate.live.names
+        if model is not None and names and names.get(model) != model:
+            edit = self._renaming(candidate)
+            if edit is not None:
+                special = (*special, *self._length(edit))
         if (backend.base_path or backend.api_key) and climbs(exchange.target):
             raise BadRequest("dot segments are not taken to a backend with a base path or a key")
         head = request_bytes(
@@ -150,11 +161,35 @@ class Verbatim:
             exchange.method,
             provider.target(backend, exchange.target),
             host_of(backend.scheme, backend.host, backend.port),
-            added_fields(backend, provider, fields_of(backend, exchange) if fields_of else ()),
+            added_fields(backend, provider, special),
             self._forwarded,
         )
         assert upload is not None
-        return Outgoing(head, upload.body, self.shape, exchange.stream)
+        if edit is None:
+            return Outgoing(head, upload.body, self.shape, exchange.stream)
+        body = upload.body
+        renamed = None if body is None else edit.apply(body)
+        return Outgoing(head, renamed, self.shape, exchange.stream, edit)
+
+    def _renaming(self, candidate: Candidate, body: bytes | None = None) -> Renaming | None:
+        """What the backend needs another name for; None: nothing. From the client's own bytes."""
+        model, upload = self._exchange.model, self.upload
+        assert model is not None
+        name = spelled(candidate.live, model)
+        if name == model or upload is None:
+            return None
+        body = upload.body if body is None else body
+        if body is None:
+            return renaming(upload.beginning(LOOK_CAP), False, name)
+        return renaming(body, True, name)
+
+    def _length(self, edit: Renaming) -> Headers:
+        """The fields that speak of the body's bytes."""
+        gone = tuple((name, b"") for name in _DIGESTS)
+        length = self._head.length
+        if length is None:
+            return gone
+        return ((b"Content-Length", b"%d" % (length + edit.growth)), *gone)
 
     def following(
         self, candidate: Candidate, provider: Provider, fields_of: FieldsOf | None, target: bytes
@@ -175,13 +210,19 @@ class Verbatim:
     def submission(
         self, candidate: Candidate, body: bytes, deadline: float, patience: float
     ) -> Submission:
-        exchange = self._exchange
+        exchange, headers = self._exchange, passing(self._head.headers)
+        edit = None if exchange.model is None else self._renaming(candidate, body)
+        if edit is not None:
+            body = edit.apply(body)
+            fields = self._length(edit)
+            headers = passing(headers, frozenset(name.lower() for name, _ in fields))
+            headers = (*headers, *(field for field in fields if field[1]))
         return Submission(
             id=exchange.id,
             method=exchange.method,
             path=exchange.path,
             target=exchange.target,
-            headers=passing(self._head.headers),
+            headers=headers,
             body=body,
             dialect=exchange.dialect,
             stream=exchange.stream,
@@ -293,10 +334,11 @@ class Translated:
         return field_lines(fields)
 
 
+def spelled(live: Live, model: str) -> str:
+    """The name that a backend has for a model of this name; the same where it is not known."""
+    return live.names.get(model) or live.names.get(canonical_model(model)) or model
+
+
 def _spelled(prompt: Prompt, candidate: Candidate) -> Prompt:
-    """The prompt with the model's name as this backend spells it, where that is known."""
-    wanted = canonical_model(prompt.model)
-    for name in candidate.live.model_names:
-        if name != prompt.model and canonical_model(name) == wanted:
-            return replace(prompt, model=name)
-    return prompt
+    name = spelled(candidate.live, prompt.model)
+    return prompt if name == prompt.model else replace(prompt, model=name)

@@ -267,6 +267,16 @@ class Upload:
         """The first piece of what is kept."""
         return self._kept[0] if self._kept else b""
 
+    def beginning(self, most: int) -> bytes:
+        """What is kept, up to `most` bytes or a piece more."""
+        size, parts = 0, []
+        for data in self._kept:
+            parts.append(data)
+            size += len(data)
+            if size >= most:
+                break
+        return b"".join(parts)
+
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body from its first byte: what is kept, then what still comes.
 

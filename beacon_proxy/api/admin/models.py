@@ -34,7 +34,7 @@ def models(candidates: Candidates) -> list[Model]:
     """What the fleet serves, each model once, by name."""
     found: dict[str, Model] = {}
     for candidate in candidates:
-        for name in names_of(candidate) or ():
+        for name in names_of(candidate) or _aliases(candidate.backend):
             canonical = canonical_model(name)
             model = found.setdefault(canonical, Model(name))
             if model.name == canonical:  # perhaps no spelling that any backend would understand
@@ -45,12 +45,20 @@ def models(candidates: Candidates) -> list[Model]:
 
 
 def names_of(candidate: Candidate) -> list[str] | None:
-    """The models of a backend, spelled as it spells them where it told; None: not known."""
-    spelled = {canonical_model(name): name for name in candidate.live.model_names}
-    configured = candidate.backend.models
-    if configured is not None:
-        return sorted(spelled.get(name, name) for name in configured)
-    return sorted(spelled.values()) if candidate.live.models is not None else None
+    """What a backend serves, spelled as it spells them where it told; None: not known.
+
+    Beside its own models what clients may call them.
+    """
+    backend, live = candidate.backend, candidate.live
+    served = live.models if backend.models is None else backend.models
+    if served is None:
+        return None
+    spelled = {canonical_model(name): name for name in (*_aliases(backend), *live.model_names)}
+    return sorted(spelled.get(name, name) for name in served)
+
+
+def _aliases(backend: Backend) -> list[str]:
+    return [alias for alias, _ in backend.aliases]
 
 
 def models_by_region(candidates: Candidates) -> dict[str, Any]:
