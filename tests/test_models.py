@@ -45,7 +45,7 @@ from .kit import (
     proxy,
     request,
 )
-from .test_cases_ext_routing import CHEAPEST, ask, chain
+from .test_cases_ext_routing import CHEAPEST, ask, backend_of, chain
 from .test_inference_route import ask as infer
 from .test_inference_route import read as read_inference
 
@@ -441,6 +441,91 @@ async def test_models_when_probes_go_on_come_and_go_as_the_backend_says() -> Non
         assert (await get(p, "/providers"))["providers"][0]["warmth"] == "warm"
         server.hot = []
         await eventually(lambda: live.hot == set())
+
+
+async def test_model_when_it_is_new_on_a_backend_is_found_by_the_first_who_asks_for_it() -> None:
+    """It was a 404 for up to ten intervals, where clients kept the probes away."""
+    server, other = Ollama("a:1"), Ollama("x:1")
+    async with (
+        server.backend() as backend,
+        other.backend() as second,
+        proxy(backend, second, middleware=chain(health={"probe_interval": 300})) as p,
+    ):
+        fleet = p.app.fleet
+        await eventually(lambda: all(c.live.models is not None for c in fleet.candidates()))
+        server.models, server.slow = ["a:1", "b:1"], 0.1
+        before = server.looks
+        seen = await asyncio.gather(*(ask(p, chat_for("b-1")) for _ in range(8)))
+        assert [got.status for got in seen] == [200] * 8
+        assert server.looks == before + 1, "one look for all of them"
+    assert server.asked == ["b:1"] * 8
+    assert other.asked == []
+
+
+async def test_model_when_nobody_has_it_is_looked_for_once_in_a_while() -> None:
+    server = Ollama("a:1")
+    async with server.backend() as backend, RawBackend(json_answer(GOOD)) as configured:
+        rows = {"url": backend}, {"url": configured, "models": ["x"]}
+        async with proxy(*rows, middleware=chain(health={"probe_interval": 300})) as p:
+            fleet = p.app.fleet
+            await eventually(lambda: fleet.candidates()[0].live.models is not None)
+            before = server.looks
+            for number in range(4):
+                got = await ask(p, chat_for(f"no-{number}"))
+                assert (got.status, got.json["error"]["code"]) == (404, "model_not_found")
+            assert server.looks == before + 1
+            server.models = ["b:1"]
+            fleet.now = lambda now=fleet.now: now() + 6.0
+            assert (await ask(p, chat_for("b:1"))).status == 200
+
+
+async def test_model_when_the_look_takes_too_long_is_a_404_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("beacon_proxy.routing.fleet._LOOK_TIME", 0.1)
+    server = Ollama("a:1")
+    async with (
+        server.backend() as backend,
+        proxy(backend, middleware=chain(health={"probe_interval": 300})) as p,
+    ):
+        await eventually(lambda: p.app.fleet.candidates()[0].live.models is not None)
+        server.slow = 60.0
+        assert (await ask(p, chat_for("b:1"))).status == 404
+        assert (await ask(p, chat_for("a:1"))).status == 200, "what it served it serves"
+
+
+async def test_model_when_a_backend_removed_it_the_next_is_asked_and_the_list_anew() -> None:
+    first, second = Ollama("m:1", "n:1"), Ollama("m:1")
+    async with first.backend() as one, second.backend() as two:
+        rows = [{"url": one, "price_per_second": 0.001}, {"url": two, "price_per_second": 0.1}]
+        async with proxy(*rows, middleware=chain(health={"probe_interval": 300})) as p:
+            lives = [c.live for c in p.app.fleet.candidates()]
+            await eventually(lambda: all(live.models is not None for live in lives))
+            first.models = ["n:1"]
+            for live in lives:
+                live.last_check -= 6.0  # else they were asked just now
+            got = await ask(p, chat_for("m:1"))
+            assert (got.status, backend_of(got)) == (200, "b1")
+            await eventually(lambda: lives[0].models == {"n-1"})
+            assert (await ask(p, chat_for("m:1"))).status == 200
+            assert (lives[0].healthy, lives[0].success) == (True, 1.0)
+    assert (first.asked, second.asked) == (["m:1"], ["m:1", "m:1"])
+
+
+async def test_model_when_the_only_backend_has_a_404_for_it_that_is_the_answer() -> None:
+    """Its list says that it has the model: the request may be to blame, and the next one not."""
+    server = Ollama("m:1")
+    async with (
+        server.backend() as backend,
+        proxy(backend, middleware=chain(health={"probe_interval": 300})) as p,
+    ):
+        live = p.app.fleet.candidates()[0].live
+        await eventually(lambda: live.models is not None)
+        live.models, live.names = frozenset({"m-1", "x"}), {}
+        for _ in range(2):
+            got = await ask(p, chat_for("x"))
+            assert got.json == {"error": 'model "x" not found, try pulling it first'}
+    assert server.asked == ["x", "x"]
 
 
 def test_backend_with_aliases_is_a_fact_like_any_other() -> None:

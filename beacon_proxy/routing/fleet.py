@@ -41,6 +41,9 @@ _LACKING_TIME = 300.0  # s that a model stays unlikely on a backend that said it
 _LACKING_MOST = 256  # models remembered so, a backend
 _FIRST_GUESS = 5.0  # s, for the price of an answer while none has been seen
 _WEIGHT = 0.2  # of the newest outcome in the moving averages: about the last ten count
+_LOOK_PAUSE = 5.0  # s between two looks for a model that nobody serves
+_LOOK_TIME = 2.0  # s that such a look takes at most
+
 _Trust = tuple[bool, bool, str | None]  # https, verify, file of authorities
 CONNECT_LIMIT = 10.0  # s, of the control plane
 
@@ -82,6 +85,9 @@ class Fleet:
         self.choosy = any(self.hooks[name].takes is not None for name in used)
         self.reads_sessions = any(self.hooks[name].fields is not None for name in used)
         self.has_totals = any(backend.timeouts.total for backend, _ in self._rows)
+        self._asking: dict[str, asyncio.Task[Check | None]] = {}
+        self._looking = asyncio.Lock()
+        self._look_again = 0.0
         self._sessions: dict[_Trust, aiohttp.ClientSession] = {}
         self._carriages: dict[_Trust, aiohttp.ClientSession] = {}
 
@@ -139,6 +145,28 @@ class Fleet:
                 return True
         return False
 
+    async def finds(self, model: str) -> bool:
+        """Whether some backend serves the model after all, by asking those that tell.
+
+        It may be new there since they were last asked. One look at a time, and not soon again: who
+        comes meanwhile waits for it, and learns from it.
+        """
+        async with self._looking:
+            if self.knows(model):
+                return True
+            if self.now() < self._look_again:
+                return False
+            now = self.now()
+            self._look_again = now + _LOOK_PAUSE
+            async with asyncio.TaskGroup() as group:
+                for candidate in self.candidates():
+                    backend = candidate.backend
+                    if backend.models is None and candidate.live.ejected_until <= now:
+                        group.create_task(
+                            self.check(candidate, _LOOK_TIME), name=f"look {backend.name}"
+                        )
+        return self.knows(model)
+
     def typical_duration(self) -> float:
         """Seconds a good attempt took of late, over all backends; a guess before the first."""
         known = [live.duration for _, live in self._rows if live.duration]
@@ -184,6 +212,15 @@ class Fleet:
             live.lacking.clear()
         live.lacking[model] = self.now() + _LACKING_TIME
 
+    def ask_soon(self, candidate: Candidate) -> None:
+        """Ask a backend whether what it said still holds, unless it was asked just now."""
+        name = candidate.backend.name
+        if name in self._asking or self._unix() - candidate.live.last_check < _LOOK_PAUSE:
+            return
+        task = asyncio.create_task(self.check(candidate, _LOOK_TIME), name=f"ask {name}")
+        self._asking[name] = task
+        task.add_done_callback(lambda _: self._asking.pop(name))
+
     def _serves(self, backend: Backend, live: Live, model: str) -> bool:
         models = live.models if backend.models is None else backend.models
         if models is not None:
@@ -222,7 +259,11 @@ class Fleet:
         )
 
     async def close(self) -> None:
-        """Close the sessions of the control plane."""
+        """End what is being asked, and close the sessions of the control plane."""
+        asking = [*self._asking.values()]
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
         for sessions in (self._sessions, self._carriages):
             for session in sessions.values():
                 await session.close()

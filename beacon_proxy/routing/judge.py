@@ -43,7 +43,7 @@ class Judgement(NamedTuple):
     retry_after: float | None = None  # s
     detail: str = ""
     elsewhere: bool = False  # another backend may do better with the same request
-    lacks_model: bool = False  # it said so, of a model it was only assumed to serve
+    lacks_model: bool = False  # it said so, and no operator had said that it serves it
 
 
 _GOOD = Judgement(Verdict.GOOD)
@@ -75,8 +75,8 @@ def judge(
             if unasked is not None:
                 return unasked
     if status >= 400:
-        assumed = backend.models is None and candidate.live.models is None
-        if status == 404 and exchange.inference and assumed and _lacks_model(answer):
+        asked = backend.models is None  # and what it said may be out of date
+        if status == 404 and exchange.inference and asked and _lacks_model(answer):
             return Judgement(Verdict.CALLER, Fault.STATUS, elsewhere=True, lacks_model=True)
         return _judge_status(answer, status)
     if not exchange.inference or status >= 300 or not answer.readable:

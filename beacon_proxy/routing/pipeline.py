@@ -71,7 +71,8 @@ class Pipeline:
         for prepare in self._chain.prepares:
             prepare(exchange)
         model = canonical_model(exchange.model) if exchange.model else None
-        if model is not None and not self._fleet.knows(model):
+        fleet = self._fleet
+        if model is not None and not fleet.knows(model) and not await fleet.finds(model):
             raise ModelNotFound(f"no backend serves the model {exchange.model!r}")
         tried: tuple[str, ...] = ()
         attempt: Attempt | None = None
@@ -137,7 +138,10 @@ class Pipeline:
                 )
             judgement = attempt.last = self._judge(exchange, choice, attempt)
             if judgement.lacks_model and model is not None:
-                self._fleet.lacks(live, model)
+                if live.models is None:
+                    self._fleet.lacks(live, model)
+                else:
+                    self._fleet.ask_soon(choice.candidate)
             delay = None
             good = judgement.verdict is _GOOD
             if not good:
