@@ -629,7 +629,8 @@ class Provider(Protocol):
     of `Carries`, `Hops`, `Fields`, `Takes` and `Wakes`, two numbers, `cold_start` (s that its
     backends may take to start) and `stays_warm` (s after an answer that they surely stay warm), and
     `scales`: where it is true, a request beside others may meet a worker that has yet to start, so
-    that the limits of a cold start hold for it, however warm the backend is.
+    that the limits of a cold start hold for it, however warm the backend is. `control_schemes` are
+    those of a `control_url` that it understands, where they are not http and https.
     """
 
     name: str

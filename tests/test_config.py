@@ -321,7 +321,6 @@ def test_warning_when_a_section_has_no_effect_yet_names_it(more: str, path: str)
 @pytest.mark.parametrize(
     "key",
     [
-        "control_url: 'http://c'",
         "price_per_million_tokens: {input: 1, output: 2}",
     ],
 )

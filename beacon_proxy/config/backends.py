@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from .values import (
+    ControlUrl,
     Count,
     HeaderName,
     HeaderValue,
@@ -113,9 +114,10 @@ class BackendSettings(Section):
         " runpod 5, modal 60, golem 300",
         examples=[60],
     )
-    control_url: Url | None = Field(
+    control_url: ControlUrl | None = Field(
         default=None,
-        description="where free health lives; default: derived from url",
+        description="where free health lives; default: derived from url; modal: modal://APP/FUNCTION"
+        " or modal://APP/FUNCTION?environment=NAME, with pip install 'beacon-proxy[modal]'",
         examples=["https://api.runpod.ai/v2/ENDPOINT_ID"],
     )
     price_model: Literal["serverless", "rented"] = Field(

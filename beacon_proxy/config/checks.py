@@ -142,6 +142,14 @@ def check_rows(
         problems += (f"{place((*at, key))}: {wrong}" for key, wrong in _price_problems(row, rates))
         if wrong := _two_names(row.get("aliases")):
             problems.append(f"{place((*at, 'aliases'))}: {wrong}")
+        control = row.get("control_url")
+        if provider and isinstance(control, str) and "://" in control:
+            schemes = getattr(provider, "control_schemes", ("http", "https"))
+            if control.partition("://")[0] not in schemes:
+                told = " or ".join(f"{scheme}://…" for scheme in schemes)
+                problems.append(
+                    f"{place((*at, 'control_url'))}: must be {told} for provider {name}"
+                )
         tls = row.get("tls")
         ca_file = tls.get("ca_file") if isinstance(tls, dict) else None
         if isinstance(ca_file, str) and ca_file and (wrong := _no_authorities(ca_file)):

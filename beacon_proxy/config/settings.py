@@ -120,7 +120,6 @@ class Settings(Section):
 
 
 _LATER_IN_BACKENDS = (
-    "control_url",
     "price_per_million_tokens",
 )
 

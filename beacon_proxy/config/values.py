@@ -44,6 +44,7 @@ _OURS = frozenset(
         "upgrade",
     }
 )
+_NAMED = re.compile(r"[a-z][a-z0-9+.-]*://[!-~]+")
 _SCOPE = re.compile(r"all|tenant|(pool|provider|backend|region):\S+")
 
 
@@ -84,6 +85,14 @@ def _url(value: str) -> str:
 def _url_with_query(value: str) -> str:
     split_url(value.partition("?")[0])
     return value
+
+
+def _control_url(value: str) -> str:
+    if value.startswith(("http:", "https:")):
+        return _url(value)
+    if not _NAMED.fullmatch(value) or "@" in value:
+        raise ValueError("must be a URL without spaces, user or password")
+    return value  # whether it means something, its provider knows
 
 
 def _hook(value: SecretStr) -> SecretStr:
@@ -178,6 +187,7 @@ Count = Annotated[int, Field(ge=1), BeforeValidator(no_flag)]
 Text = Annotated[str, Field(min_length=1)]
 Region = Annotated[str, Field(min_length=1), AfterValidator(canonical_region)]
 Url = Annotated[str, AfterValidator(_url)]
+ControlUrl = Annotated[str, AfterValidator(_control_url)]
 Source = Annotated[str, AfterValidator(_url_with_query)]
 Hook = Annotated[SecretStr, AfterValidator(_hook)]  # some services put the credential into the URL
 Name = Annotated[str, AfterValidator(_name)]
