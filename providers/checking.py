@@ -185,6 +185,11 @@ def _without_models(backend: Backend, answer: Answer, latency: float) -> Check:
     return Check(Verdict.GOOD, latency, detail=f"alive; lists no models ({status})")
 
 
+def listed_models(document: Any) -> tuple[str, ...] | None:
+    """The models of an OpenAI or Ollama list; None: it is no list."""
+    return _listed(document)[0]
+
+
 def _listed(document: Any) -> tuple[tuple[str, ...] | None, str]:
     """The models of an OpenAI or Ollama list, and who owns the first; None: it is no list."""
     if not isinstance(document, Mapping):

@@ -38,8 +38,13 @@ FLOORS: dict[str, set[str]] = {
 }
 OUTSIDE_OF_GROUND = {"multidict"}
 TYPES_OF_GROUND = OUTSIDE_OF_GROUND | {"aiohttp"}
-OUTSIDE_OF_PROVIDERS = {"multidict", "aiohttp", "aiohttp_retry"}
-SHARED_BY_PROVIDERS = {"providers.openai", "providers.checking", "providers.reading"}
+OUTSIDE_OF_PROVIDERS = {"multidict", "aiohttp", "aiohttp_retry", "modal"}
+SHARED_BY_PROVIDERS = {
+    "providers.openai",
+    "providers.checking",
+    "providers.reading",
+    "providers.modal_stats",
+}
 
 
 class Import(NamedTuple):
@@ -150,10 +155,11 @@ def circle(sources: Mapping[str, str]) -> list[str]:
 
 
 def declared() -> set[str]:
-    """Import names of what setup.cfg says the proxy and its demo need."""
+    """Import names of what setup.cfg says the proxy, its demo and its extra `modal` need."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    lines = f"{setup['options']['install_requires']}\n{setup['options.extras_require']['demo']}"
+    extras = setup["options.extras_require"]
+    lines = "\n".join((setup["options"]["install_requires"], extras["demo"], extras["modal"]))
     names = {
         re.split(r"[<>=;\[ ]", line, maxsplit=1)[0] for line in lines.splitlines() if line.strip()
     }

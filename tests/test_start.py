@@ -60,6 +60,7 @@ OTHERS = {
     "anthropic": "of the tests",
     "httpx": "of the tests and of other packages; the proxy has aiohttp",
     "importlib_metadata": "Python has it",
+    "modal": "asks Modal's control plane, where that is configured; brings grpclib and protobuf",
     "multiprocessing": "the proxy is one process",
     "numpy": "of the tests",
     "openai": "for the demo's user",

@@ -1,0 +1,89 @@
+"""Backlog and headroom of a Modal function, from Modal's control plane; asking wakes nothing.
+
+`control_url: modal://APP/FUNCTION[?environment=NAME]` with the optional package `modal`
+(`pip install 'beacon-proxy[modal]'`), which takes its token from MODAL_TOKEN_ID and
+MODAL_TOKEN_SECRET or from its own ~/.modal.toml. The package is imported by the first check, beside
+the loop, and runs its gRPC in a thread and a loop of its own, which it ends by itself at exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from beacon_proxy.contracts import Capacity, Check, Fault, Verdict, Warmth
+
+_NAME = r"[A-Za-z0-9._-]{1,64}"
+_URL = re.compile(
+    rf"modal://(?P<app>{_NAME})/(?P<function>{_NAME})(?:\?environment=(?P<environment>{_NAME}))?"
+)
+
+
+class _Named(NamedTuple):
+    app: str
+    function: str
+    environment: str | None
+
+
+def _named(control_url: str) -> _Named | None:
+    found = _URL.fullmatch(control_url)
+    return _Named(*found.group("app", "function", "environment")) if found else None
+
+
+def stats_problem(control_url: str) -> str | None:
+    """Why a function's statistics cannot be asked for; see `Provider.problem`."""
+    if _named(control_url) is None:
+        return "control_url: must be modal://APP/FUNCTION or modal://APP/FUNCTION?environment=NAME"
+    if find_spec("modal") is None:
+        return "control_url: needs the package modal: pip install 'beacon-proxy[modal]'"
+    return None
+
+
+async def check_stats(control_url: str, seconds: float) -> Check:
+    """Ask for one function's state; at most two calls within `seconds`.
+
+    Trouble of the control plane is no trouble of the function, but that there is no such function
+    is a strike.
+    """
+    named = _named(control_url)
+    assert named is not None, "the configuration was not checked"
+    try:
+        async with asyncio.timeout(seconds):
+            modal = await asyncio.to_thread(_package)
+            # Looked up each time: a function that is deployed anew may be another one.
+            function = modal.Function.from_name(
+                named.app, named.function, environment_name=named.environment
+            )
+            return _by_stats(await function.get_current_stats.aio())
+    except TimeoutError:
+        detail = "Modal's control plane gave no answer in time"
+        return Check(Verdict.NEUTRAL, fault=Fault.TIMEOUT, detail=detail)
+    except Exception as exc:  # the package's own errors, and those of the gRPC below it
+        return _by_error(type(exc).__name__)
+
+
+def _package() -> ModuleType:
+    import modal  # a third of a second
+
+    return modal
+
+
+def _by_stats(stats: Any) -> Check:
+    running, queued = stats.num_total_runners, stats.backlog
+    warmth = Warmth.WARM if running else Warmth.WARMING if queued else Warmth.COLD
+    capacity = Capacity(running=running, queued=queued, room=stats.input_headroom)
+    return Check(Verdict.GOOD, warmth=warmth, capacity=capacity)
+
+
+def _by_error(name: str) -> Check:
+    """By the error's class alone: its words may name what no log should."""
+    if name == "NotFoundError":
+        detail = "Modal knows no such app or function"
+        return Check(Verdict.STRIKE, fault=Fault.GONE, detail=detail)
+    if name == "AuthError":
+        detail = "Modal refuses the token, or there is none: MODAL_TOKEN_ID and MODAL_TOKEN_SECRET"
+        return Check(Verdict.NEUTRAL, fault=Fault.UNAUTHORIZED, detail=detail)
+    return Check(Verdict.NEUTRAL, fault=Fault.RESET, detail=f"Modal's control plane: {name}")
