@@ -35,7 +35,9 @@ def hold_for(head: AnswerHead, shape: Shape, inference: bool) -> Hold:
     if not inference or status >= 300:
         return _BYTE
     if not head.events:
-        return _WHOLE
+        if shape is not _OLLAMA or head.length is not None or head.content_type != _BYTES:
+            return _WHOLE
+        head.events = True
     if shape is _DOCUMENT or head.coding:
         return _BYTE  # events that cannot be read
     return _CONTENT
@@ -43,4 +45,7 @@ def hold_for(head: AnswerHead, shape: Shape, inference: bool) -> Hold:
 
 # Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
 _BYTE, _CONTENT, _WHOLE = Hold.BYTE, Hold.CONTENT, Hold.WHOLE
-_DOCUMENT = Shape.DOCUMENT
+_DOCUMENT, _OLLAMA = Shape.DOCUMENT, Shape.OLLAMA
+# Between a gateway and its client lines of JSON may lose their name: Golem's yagna calls a stream
+# that is not SSE so (core/activity/src/http_proxy.rs).
+_BYTES = b"application/octet-stream"
