@@ -1,9 +1,16 @@
-"""RunPod Serverless: the OpenAI route of queue endpoints, and load-balancing endpoints.
+"""RunPod Serverless: load-balancing endpoints, the OpenAI route of queue endpoints, queues.
 
-Both carry a request verbatim. The job API of queue endpoints (`/run`, `/runsync`) does not: its
-body is another one. `kind: auto` goes by the URL: `…/v2/ENDPOINT_ID` is the OpenAI route, anything
-else is load balancing. A 200 from RunPod may be a failed job, and a check asks the control plane,
-for a request to the endpoint itself would start a worker.
+The first two carry a request verbatim. A queue takes jobs: `runpod_queue` brings a request there
+and its answer back. `kind: auto` goes by the URL:
+
+    https://ENDPOINT_ID.api.runpod.ai                    load balancing
+    https://api.runpod.ai/v2/ENDPOINT_ID[/openai[/v1]]   the OpenAI route
+    any other                                            load balancing, unless `control_url` names
+                                                         it too and its /health counts jobs
+
+An endpoint that turns out to have no OpenAI route (its server's own 404, so nothing has run) is a
+queue from then on. A 200 from RunPod may be a failed job, and a check asks the control plane, for
+a request to the endpoint itself would start a worker.
 """
 
 from __future__ import annotations
@@ -13,13 +20,27 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from beacon_proxy.contracts import Backend, Call, Check, Fault, Headers, Prompt, Reading, Verdict
+from beacon_proxy.contracts import (
+    Backend,
+    Call,
+    Check,
+    Dialect,
+    Exchange,
+    Fault,
+    Headers,
+    Prompt,
+    Reading,
+    Reply,
+    Submission,
+)
 from beacon_proxy.errors import ConfigError
 from beacon_proxy.regions import canonical_region
 
-from .checking import LOOK, Answer, bounded, judge_server, origin, plain
+from .checking import LOOK, bounded, judge_server, origin, plain
 from .openai import CHAT, join_target, setting, url_problem
 from .reading import ask_chat, load, read_answer
+from .runpod_health import NOT_FOUND, is_queue, read_health
+from .runpod_queue import Queue
 
 if TYPE_CHECKING:
     import aiohttp
@@ -33,6 +54,8 @@ _OPERATION = re.compile(r".*/v2/[^/]+/(?:run|runsync|stream|status|health)(?:/.*
 _JOB = re.compile(rb'"status"\s*:\s*"(?:FAILED|TIMED_OUT|COMPLETED)"')
 _PENDING = ("IN_QUEUE", "IN_PROGRESS", "RUNNING")
 _FAULTS = {502: Fault.STATUS, 524: Fault.TIMEOUT}
+_QUEUED = (Dialect.OPENAI, Dialect.ANTHROPIC, Dialect.BEACON)  # what a job can be made of
+_PLAIN_CODINGS = (b"", b"identity")
 
 
 class RunPod:
@@ -43,10 +66,14 @@ class RunPod:
     pool = "burst"
     kinds: tuple[str, ...] = ("auto", "queue", "openai", "load_balancing")
     environment: tuple[str, ...] = (_BASE, _KEY, _ID)
+    cold_start = 600.0  # s; minutes for an image that a host has not seen yet
+    stays_warm = 5.0  # s, RunPod's default idle timeout
 
     def __init__(self, retry_delay: float = 0.1) -> None:
         """`retry_delay`: s before a question to the control plane is put a second time."""
         self._retry_delay = retry_delay
+        self._queue = Queue()
+        self._routeless: set[str] = set()  # backends found to have no OpenAI route
 
     def from_environment(self, env: Mapping[str, str], region: str) -> list[dict[str, Any]]:
         """One row once the endpoint is named; a key alone waits for it.
@@ -80,11 +107,8 @@ class RunPod:
 
     def problem(self, backend: Backend) -> str | None:
         """Why this backend cannot be served, as `key: message`; asked once, at start."""
-        if backend.kind == "queue":
-            return (
-                "kind: queue endpoints cannot take requests verbatim; use openai (worker-vllm at"
-                " …/v2/ENDPOINT_ID) or load_balancing (https://ENDPOINT_ID.api.runpod.ai)"
-            )
+        if backend.kind == "queue" and backend.host.endswith(f".{_LOAD_BALANCER}"):
+            return "url: a queue is at https://api.runpod.ai/v2/ENDPOINT_ID"
         if _OPERATION.fullmatch(backend.base_path):
             return "url: must end with the endpoint id, as in https://api.runpod.ai/v2/ENDPOINT_ID"
         return None
@@ -93,9 +117,7 @@ class RunPod:
         """Everything goes below `/openai` on that route: beside it are the purge and the cancel."""
         if not _speaks_openai(backend):
             return join_target(backend.base_path, target)
-        found = _ENDPOINT.fullmatch(backend.base_path)
-        path = backend.base_path.removesuffix("/v1").removesuffix("/openai")
-        job = found["job"] if found else path
+        job = _job_path(backend)
         return join_target(job if target.startswith(b"/openai/") else f"{job}/openai", target)
 
     def credentials(self, backend: Backend) -> Headers:
@@ -109,7 +131,16 @@ class RunPod:
             return Fault.ERROR_BODY if _is_failed_job(body) else None
         if status == 400 and b"no workers available" in body[:LOOK].lower():
             return Fault.BUSY
+        if status == 404 and self._lacks_route(backend, body):
+            self._routeless.add(backend.name)
+            return Fault.GONE
         return _FAULTS.get(status) or judge_server(backend, status, body)
+
+    def _lacks_route(self, backend: Backend, body: bytes) -> bool:
+        """Whether a 404 says that `auto` took a plain queue for one with an OpenAI route."""
+        if backend.kind != "auto" or not _speaks_openai(backend) or self.carries(backend):
+            return False
+        return load(body) == NOT_FOUND
 
     async def check(self, backend: Backend, session: aiohttp.ClientSession) -> Check | None:
         url = _health_url(backend)
@@ -119,13 +150,42 @@ class RunPod:
         client = _retrying(session, self._retry_delay)
         async with client.get(url, headers=headers, allow_redirects=False) as response:
             answer = await bounded(response)
-        if answer.status != 200:
-            return _without_counts(backend, answer)
-        document = answer.document()
-        workers = document.get("workers") if isinstance(document, Mapping) else None
-        if not isinstance(workers, Mapping):
-            return Check(Verdict.NEUTRAL, fault=Fault.NOT_JSON, detail="tells no workers")
-        return _by_workers(workers)
+        check = read_health(backend, answer)
+        if backend.kind == "auto" and (backend.name in self._routeless or _is_own_control(backend)):
+            return replace(check, kind="queue") if is_queue(answer) else check
+        return check
+
+    # -- a queue's own transport -----------------------------------------------------------------
+
+    def carries(self, backend: Backend) -> bool:
+        return backend.kind == "queue" or backend.name in self._routeless
+
+    def takes(self, backend: Backend, exchange: Exchange) -> bool:
+        """A job is made of JSON for an inference route; anything else goes to other backends."""
+        if not self.carries(backend):
+            return True
+        if not exchange.inference or exchange.dialect not in _QUEUED:
+            return False
+        if exchange.prompt is not None:
+            return True
+        fields = {name.lower(): value.strip().lower() for name, value in exchange.headers}
+        if fields.get(b"content-encoding", b"") not in _PLAIN_CODINGS:
+            return False
+        return b"json" in fields.get(b"content-type", b"json")
+
+    async def carry(
+        self,
+        backend: Backend,
+        submission: Submission,
+        reply: Reply,
+        session: aiohttp.ClientSession,
+    ) -> None:
+        headers = plain((*_authorization(submission), *self.credentials(backend), *backend.headers))
+        headers["Content-Type"] = "application/json"
+        url = origin(backend) + _job_path(backend)
+        await self._queue.carry(url, headers, backend, submission, reply, session)
+
+    # -- the translated route --------------------------------------------------------------------
 
     def ask(self, backend: Backend, prompt: Prompt) -> Call:
         return ask_chat(self.target(backend, CHAT), prompt)
@@ -171,7 +231,33 @@ def _is_failed_job(body: bytes) -> bool:
     return any(isinstance(item, Mapping) and item.get("error") for item in items)
 
 
+def _job_path(backend: Backend) -> str:
+    """Below this are `/run`, `/health` and `/openai`."""
+    found = _ENDPOINT.fullmatch(backend.base_path)
+    return found["job"] if found else backend.base_path.removesuffix("/v1").removesuffix("/openai")
+
+
+def _authorization(submission: Submission) -> Headers:
+    """The client's own, where the backend has no key; what is not ASCII cannot be a key."""
+    return tuple(
+        (name, value)
+        for name, value in submission.headers
+        if name.lower() == b"authorization" and value.isascii()
+    )
+
+
+def _is_own_control(backend: Backend) -> bool:
+    """Whether the URL tells no kind, and its own /health is where `control_url` says."""
+    if backend.host.endswith(f".{_LOAD_BALANCER}") or _speaks_openai(backend):
+        return False
+    return backend.control_url == origin(backend) + backend.base_path
+
+
 def _health_url(backend: Backend) -> str | None:
+    if backend.control_url:
+        return f"{backend.control_url}/health"
+    if backend.kind == "queue":
+        return f"{origin(backend)}{_job_path(backend)}/health"
     found = _ENDPOINT.fullmatch(backend.base_path)
     if found and _speaks_openai(backend):
         return f"{origin(backend)}{found['job']}/health"
@@ -179,34 +265,3 @@ def _health_url(backend: Backend) -> str | None:
     if domain == _LOAD_BALANCER:
         return f"{_DEFAULT_BASE}/{endpoint}/health"
     return None
-
-
-def _without_counts(backend: Backend, answer: Answer) -> Check:
-    status = answer.status
-    if status == 404:
-        detail = "RunPod knows no such endpoint"
-        return Check(Verdict.STRIKE, fault=Fault.GONE, detail=detail)
-    if status == 401 and backend.api_key:
-        detail = "RunPod refuses the configured api_key"
-        return Check(Verdict.STRIKE, fault=Fault.UNAUTHORIZED, detail=detail)
-    # Trouble of the control plane, or a key that may not read there, is no trouble of the workers.
-    detail = f"the control plane says {status}"
-    return Check(Verdict.NEUTRAL, fault=Fault.STATUS, detail=detail)
-
-
-def _by_workers(workers: Mapping[str, Any]) -> Check:
-    """Idle ones count as good: they are scaled down and wait for a request."""
-    states = ("running", "ready", "idle", "initializing", "throttled", "unhealthy")
-    counts = {state: workers.get(state) or 0 for state in states}
-    detail = "workers: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    if counts["running"] or counts["ready"] or counts["idle"]:
-        return Check(Verdict.GOOD, detail=detail)
-    if counts["initializing"]:
-        return Check(Verdict.BUSY, fault=Fault.LOADING, detail=detail)
-    if counts["throttled"]:
-        return Check(Verdict.BUSY, fault=Fault.BUSY, detail=detail)
-    if counts["unhealthy"]:
-        return Check(Verdict.STRIKE, fault=Fault.STATUS, detail=detail)
-    # After a week without requests RunPod sets max workers to 0, and jobs wait for ever.
-    detail = "no worker, and none on its way; is max workers 0?"
-    return Check(Verdict.STRIKE, fault=Fault.BUSY, detail=detail)

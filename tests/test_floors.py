@@ -44,6 +44,14 @@ SHARED_BY_PROVIDERS = {
     "providers.checking",
     "providers.reading",
     "providers.modal_stats",
+    "providers.runpod_answer",
+    "providers.runpod_call",
+    "providers.runpod_events",
+    "providers.runpod_health",
+    "providers.runpod_input",
+    "providers.runpod_job",
+    "providers.runpod_pace",
+    "providers.runpod_queue",
 }
 
 

@@ -18,6 +18,7 @@ from yarl import URL
 
 from beacon_proxy.contracts import (
     Backend,
+    Capacity,
     Check,
     Dialect,
     Fault,
@@ -26,6 +27,7 @@ from beacon_proxy.contracts import (
     Reading,
     Usage,
     Verdict,
+    Warmth,
 )
 from beacon_proxy.errors import ConfigError
 from providers.runpod import RunPod
@@ -136,7 +138,8 @@ def test_environment_when_values_are_bad_names_each_variable() -> None:
         ("auto", "/v2/ep1", None),
         ("openai", "/v2/ep1/openai/v1", None),
         ("load_balancing", "", None),
-        ("queue", "/v2/ep1", "kind: queue endpoints"),
+        ("queue", "/v2/ep1", None),
+        ("queue", "", None),
         ("auto", "/v2/ep1/runsync", "url: must end with the endpoint id"),
         ("auto", "/v2/ep1/status/x", "url: must end with the endpoint id"),
     ],
@@ -377,12 +380,17 @@ def asked(control: Control) -> list[tuple[str, str, Any]]:
     ]
 
 
-def workers(**counts: int) -> dict[str, Any]:
+def workers(jobs: dict[str, int] | None = None, **counts: int) -> dict[str, Any]:
     states = ("idle", "initializing", "ready", "running", "throttled", "unhealthy")
+    usual = {"completed": 50, "failed": 8, "inProgress": 0, "inQueue": 0, "retried": 0}
     return {
-        "jobs": {"completed": 50, "failed": 8, "inProgress": 0, "inQueue": 0, "retried": 0},
+        "jobs": {**usual, **(jobs or {})},
         "workers": dict.fromkeys(states, 0) | counts,
     }
+
+
+WARM, COLD, WARMING = Warmth.WARM, Warmth.COLD, Warmth.WARMING
+ALL = Capacity(running=0, idle=0, starting=0, throttled=0, unhealthy=0, queued=0)
 
 
 @pytest.mark.parametrize(
@@ -393,37 +401,97 @@ def workers(**counts: int) -> dict[str, Any]:
             Check(
                 Verdict.GOOD,
                 detail="workers: 1 running, 2 ready, 2 idle, 1 initializing, 1 throttled",
+                warmth=WARM,
+                capacity=replace(ALL, running=1, idle=2, starting=1, throttled=1),
             ),
             id="1.1 as logged",
         ),
         pytest.param(
             {"jobs": {}, "workers": {"idle": 1, "running": 0}},
-            Check(Verdict.GOOD, detail="workers: 1 idle"),
-            id="1.1 as documented",
+            Check(
+                Verdict.GOOD,
+                detail="workers: 1 idle",
+                warmth=COLD,
+                capacity=Capacity(running=0, idle=1),
+            ),
+            id="1.1 as documented: idle is scaled down",
+        ),
+        pytest.param(
+            workers(idle=1, initializing=1),
+            Check(
+                Verdict.GOOD,
+                detail="workers: 1 idle, 1 initializing",
+                warmth=WARMING,
+                capacity=replace(ALL, idle=1, starting=1),
+            ),
+            id="1.1 starting beside another",
         ),
         pytest.param(
             workers(initializing=1),
-            Check(Verdict.BUSY, fault=Fault.LOADING, detail="workers: 1 initializing"),
+            Check(
+                Verdict.BUSY,
+                fault=Fault.LOADING,
+                detail="workers: 1 initializing",
+                warmth=WARMING,
+                capacity=replace(ALL, starting=1),
+            ),
             id="1.1 starting",
         ),
         pytest.param(
             workers(throttled=3, unhealthy=1),
-            Check(Verdict.BUSY, fault=Fault.BUSY, detail="workers: 3 throttled, 1 unhealthy"),
+            Check(
+                Verdict.BUSY,
+                fault=Fault.BUSY,
+                detail="workers: 3 throttled, 1 unhealthy",
+                warmth=COLD,
+                capacity=replace(ALL, throttled=3, unhealthy=1),
+            ),
             id="1.1 no free GPU",
         ),
         pytest.param(
             workers(unhealthy=2),
-            Check(Verdict.STRIKE, fault=Fault.STATUS, detail="workers: 2 unhealthy"),
-            id="1.1 crash loop",
+            Check(
+                Verdict.STRIKE,
+                fault=Fault.STATUS,
+                detail="workers: 2 unhealthy",
+                warmth=COLD,
+                capacity=replace(ALL, unhealthy=2),
+            ),
+            id="1.1 all crashed",
+        ),
+        pytest.param(
+            workers({"inQueue": 4}, idle=1, unhealthy=2),
+            Check(
+                Verdict.STRIKE,
+                fault=Fault.STATUS,
+                detail="workers: 1 idle, 2 unhealthy; 4 queued, and those that start crash",
+                warmth=COLD,
+                capacity=replace(ALL, idle=1, unhealthy=2, queued=4),
+            ),
+            id="1.1 crash loop: requests wait while workers crash",
+        ),
+        pytest.param(
+            workers({"inQueue": 4}, running=1, unhealthy=2),
+            Check(
+                Verdict.GOOD,
+                detail="workers: 1 running, 2 unhealthy",
+                warmth=WARM,
+                capacity=replace(ALL, running=1, unhealthy=2, queued=4),
+            ),
+            id="1.1 one of three works",
         ),
         pytest.param(
             workers(),
             Check(
                 Verdict.STRIKE,
                 fault=Fault.BUSY,
-                detail="no worker, and none on its way; is max workers 0?",
+                detail="no worker, and none on its way: RunPod sets max workers to 2 after 3 days"
+                " without a request and to 0 after 7, and then jobs wait for ever; raise max"
+                " workers in the endpoint's settings",
+                warmth=COLD,
+                capacity=ALL,
             ),
-            id="1.1 unreachable",
+            id="1.1 cut to 0 workers",
         ),
         pytest.param(
             {"status": "ok"},
@@ -466,13 +534,21 @@ async def test_check_when_control_plane_refuses_blames_the_backend_only_for_its_
     assert len(asked(control)) == 1
 
 
+RUNNING = Check(
+    Verdict.GOOD,
+    detail="workers: 1 running",
+    warmth=WARM,
+    capacity=replace(ALL, running=1),
+)
+
+
 async def test_check_when_control_plane_stumbles_asks_once_more(control: Control) -> None:
     control.plays(status=502)
     control.plays(payload=workers(running=1))
-    assert await check(ENDPOINT) == Check(Verdict.GOOD, detail="workers: 1 running")
+    assert (await check(ENDPOINT)) == RUNNING
     control.plays(exception=aiohttp.ServerDisconnectedError())
     control.plays(payload=workers(running=1))
-    assert await check(ENDPOINT) == Check(Verdict.GOOD, detail="workers: 1 running")
+    assert (await check(ENDPOINT)) == RUNNING
 
 
 async def test_check_when_control_plane_is_down_tells_nothing_of_the_workers(
@@ -501,6 +577,12 @@ async def test_check_when_connection_breaks_twice_raises_for_the_caller_to_trans
         pytest.param(
             replace(LOCAL, base_path="/v2/ep1"), "http://127.0.0.1:1/v2/ep1/health", id="local"
         ),
+        pytest.param(
+            replace(LOCAL, kind="queue"), "http://127.0.0.1:1/health", id="a queue of one's own"
+        ),
+        pytest.param(
+            replace(LOCAL, control_url="https://api.runpod.ai/v2/ep1"), HEALTH, id="control_url"
+        ),
         pytest.param(LOCAL, None, id="a stand-in without a control plane"),
         pytest.param(replace(LOCAL, base_path="/v2/ep1", kind="load_balancing"), None, id="an app"),
         pytest.param(replace(LOCAL, kind="openai"), None, id="openai without an endpoint"),
@@ -514,6 +596,6 @@ async def test_check_when_url_is_of_any_kind_asks_the_control_plane_alone(
         assert await check(backend) is None
         assert asked(control) == []
         return
-    control.plays(url, payload=workers(idle=1))
-    assert await check(backend) == Check(Verdict.GOOD, detail="workers: 1 idle")
+    control.plays(url, payload=workers(running=1))
+    assert await check(backend) == RUNNING
     assert [question[:2] for question in asked(control)] == [("GET", url)]
