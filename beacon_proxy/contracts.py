@@ -14,6 +14,7 @@ bytes; money is USD.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -181,6 +182,13 @@ class Backend:
     def unrented(self) -> Backend:
         """What it is once its agreement is over: a second of work costs what the rent did."""
         return replace(self, price_per_second=self.idle_price_per_second, idle_price_per_second=0.0)
+
+    @property
+    def origin(self) -> str:
+        """Scheme, host and port as a URL begins, for questions to the backend."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        usual = self.port == (443 if self.scheme == "https" else 80)
+        return f"{self.scheme}://{host}" + ("" if usual else f":{self.port}")
 
 
 class ColdStarts:
@@ -518,7 +526,7 @@ class Submission:
     body: bytes  # whole
     dialect: Dialect
     stream: bool
-    prompt: Prompt | None  # of the translated route: then the rest of the request is not used
+    prompt: Prompt | None  # of the translated route: then there is no body
     deadline: float  # monotonic s; inf: none
     patience: float  # s that it may take until the first content, a cold start included; inf: any
 
@@ -526,8 +534,11 @@ class Submission:
 class Reply(Protocol):
     """The answer that a provider's own transport puts together, as HTTP would have brought it.
 
-    It is judged, held and relayed like any other. Exactly one of `end` and `fail` is called; after
-    either, and once nobody wants the answer any more, the calls do nothing.
+    It is judged, held and relayed like any other: a stream by its Content-Type (`text/event-stream`
+    or `application/x-ndjson`) and by the end marker of the path's dialect. On the translated route
+    it is a JSON object, or NDJSON whose last line says `"done": true`; `Provider.read` reads it.
+    Exactly one of `end` and `fail` is called; after either, and once nobody wants the answer any
+    more, the calls do nothing.
     """
 
     def head(self, status: int, headers: Headers) -> None:
@@ -625,6 +636,9 @@ class Wakes(Protocol):
 class Provider(Protocol):
     """A family of backends. One object a process; it holds no state of a request.
 
+    A class that inherits from this one may leave out what has a body here; one that does not needs
+    all of it.
+
     What it may have beside, each looked up by name as the phases of a middleware are: the methods
     of `Carries`, `Hops`, `Fields`, `Takes` and `Wakes`, two numbers, `cold_start` (s that its
     backends may take to start) and `stays_warm` (s after an answer that they surely stay warm), and
@@ -636,26 +650,26 @@ class Provider(Protocol):
     name: str
     price_per_second: float  # USD, the default of its backends
     pool: str  # baseline | burst, likewise
-    kinds: tuple[str, ...]  # values of a backend's `kind`; the first is the default
-    environment: tuple[str, ...]  # variables that `from_environment` reads
+    kinds: tuple[str, ...] = ("auto",)  # values of a backend's `kind`; the first is the default
+    environment: tuple[str, ...] = ()  # variables that `from_environment` reads
 
     def from_environment(self, env: Mapping[str, str], region: str) -> list[dict[str, Any]]:
         """Backend rows (the keys of `backends` in beacon.yaml) that the environment alone gives.
 
         `region` is this instance's. Raises `ConfigError` naming the variable.
         """
-        ...
+        return []
 
     def target(self, backend: Backend, target: bytes) -> bytes:
         """The request-target on the backend for a client's target; its bytes are kept."""
-        ...
+        return backend.base_path.encode() + target
 
     def credentials(self, backend: Backend) -> Headers:
         """Headers that replace the client's of the same names; none without an `api_key`.
 
         An empty value takes the client's header away and sends none.
         """
-        ...
+        return ((b"Authorization", b"Bearer " + backend.api_key.encode()),) * bool(backend.api_key)
 
     def judge(
         self, backend: Backend, status: int, headers: Headers, body: bytes
@@ -664,23 +678,25 @@ class Provider(Protocol):
 
         `body` is the held beginning of the answer.
         """
-        ...
+        return None
 
     async def check(self, backend: Backend, session: aiohttp.ClientSession) -> Check | None:
         """Ask a question that costs nothing and wakes nothing; None where there is none.
 
         The caller bounds the time and turns transport errors into a `Check`.
         """
-        ...
+        return None
 
     def problem(self, backend: Backend) -> str | None:
         """What makes this backend unusable as configured, as `key: problem`; None: nothing does."""
-        ...
+        return None
 
+    @abstractmethod
     def ask(self, backend: Backend, prompt: Prompt) -> Call:
         """Turn an `/inference` request into what this backend speaks."""
         ...
 
+    @abstractmethod
     def read(self, backend: Backend, document: Mapping[str, Any]) -> Reading:
         """Read a whole answer, or one event of a streamed one, back into text."""
         ...

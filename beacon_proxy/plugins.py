@@ -159,12 +159,22 @@ def build_provider(cls: type) -> Provider:
     """Make the one object of a provider.
 
     Raises:
-        ConfigError: if it cannot be made without arguments.
+        ConfigError: if it cannot be made without arguments, or lacks a part of `Provider`.
     """
+    name = f"plugin {cls.__module__}:{cls.__qualname__}"
     try:
         provider: Provider = cls()
     except (TypeError, ValueError) as exc:
-        raise ConfigError(
-            f"plugin {cls.__module__}:{cls.__qualname__} cannot be made: {exc}"
-        ) from exc
+        raise ConfigError(f"{name} cannot be made: {exc}") from exc
+    needed = set(_PARTS)
+    needed |= next(
+        (pair for pair in _PAIRS if any(hasattr(provider, part) for part in pair)), set()
+    )
+    lacking = sorted(part for part in needed if not hasattr(provider, part))
+    if lacking:
+        raise ConfigError(f"{name} is no provider: it lacks {', '.join(lacking)}")
     return provider
+
+
+_PARTS = {*Provider.__annotations__, *(part for part in vars(Provider) if part[0] != "_")}
+_PAIRS = ({"carries", "carry"},)  # one alone would never be asked

@@ -10,14 +10,14 @@ import pytest
 import yaml
 
 from beacon_proxy.config import Settings, make_settings
-from beacon_proxy.contracts import Backend
+from beacon_proxy.contracts import Backend, Call, Dialect, Prompt, Provider, Reading
 from beacon_proxy.errors import ConfigError
 from beacon_proxy.plugins import Plugins
 
 ROW = "backends: [{name: a, provider: cloud, url: 'http://h:1'}]"
 
 
-class Cloud:
+class Cloud(Provider):
     """A provider with a price, a pool and kinds of its own."""
 
     name = "cloud"
@@ -35,6 +35,12 @@ class Cloud:
         if "CLOUD_URL" not in env:
             return []
         return [{"name": f"cloud-{region}", "url": env["CLOUD_URL"], "region": region}]
+
+    def ask(self, backend: Backend, prompt: Prompt) -> Call:
+        return Call(b"/", prompt.prompt.encode(), Dialect.OPENAI)
+
+    def read(self, backend: Backend, document: Mapping[str, Any]) -> Reading:
+        return Reading(str(document.get("text", "")))
 
 
 @dataclass

@@ -5,15 +5,25 @@ from __future__ import annotations
 import configparser
 import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from beacon_proxy.contracts import Clock, Notify, tell_nobody
+from beacon_proxy.contracts import (
+    Backend,
+    Call,
+    Clock,
+    Dialect,
+    Notify,
+    Prompt,
+    Provider,
+    Reading,
+    tell_nobody,
+)
 from beacon_proxy.errors import ConfigError
 from beacon_proxy.plugins import (
     MIDDLEWARE_GROUP,
@@ -196,3 +206,69 @@ def test_provider_when_it_needs_arguments_is_a_clear_error() -> None:
 
     with pytest.raises(ConfigError, match=r"Needy cannot be made: .*account"):
         build_provider(Needy)
+
+
+class Bare:
+    """What every provider has, written out."""
+
+    name, price_per_second, pool, kinds, environment = "bare", 0.0, "burst", ("auto",), ()
+
+    def _any(self, *args: Any) -> Any: ...
+
+    from_environment = target = credentials = judge = check = problem = ask = read = _any
+
+
+def without(*names: str) -> type:
+    parts = {name: part for name, part in vars(Bare).items() if name not in names}
+    return type("Less", (), parts)
+
+
+def test_provider_when_it_has_every_part_is_made() -> None:
+    assert build_provider(Bare).name == "bare"
+
+
+@pytest.mark.parametrize("names", [("read",), ("name", "pool"), ("judge", "target")])
+def test_provider_when_it_lacks_a_part_is_a_clear_error(names: tuple[str, ...]) -> None:
+    """It was an AttributeError in the middle of the first exchange."""
+    with pytest.raises(ConfigError, match=f"Less is no provider: it lacks {', '.join(names)}$"):
+        build_provider(without(*names))
+
+
+@pytest.mark.parametrize(("has", "lacks"), [("carry", "carries"), ("carries", "carry")])
+def test_provider_when_it_has_half_a_transport_is_a_clear_error(has: str, lacks: str) -> None:
+    with pytest.raises(ConfigError, match=f"it lacks {lacks}$"):
+        build_provider(type("Half", (Bare,), {has: Bare._any}))
+
+
+def test_provider_when_it_inherits_may_leave_out_what_has_a_body() -> None:
+    class Least(Provider):
+        name, price_per_second, pool = "least", 0.0, "burst"
+
+        def ask(self, backend: Backend, prompt: Prompt) -> Call:
+            return Call(b"/", b"", Dialect.OPENAI)
+
+        def read(self, backend: Backend, document: Mapping[str, Any]) -> Reading:
+            return Reading()
+
+    least = build_provider(Least)
+    backend = Backend("a", "least", "http://[::1]:9/v1", "http", "::1", 9, "/v1", api_key="k")
+    assert (least.kinds, least.environment, least.from_environment({}, "us-east")) == (
+        ("auto",),
+        (),
+        [],
+    )
+    assert least.target(backend, b"/chat?x=%2f") == b"/v1/chat?x=%2f"
+    assert least.credentials(backend) == ((b"Authorization", b"Bearer k"),)
+    assert least.credentials(replace(backend, api_key="")) == ()
+    assert least.judge(backend, 500, (), b"") is None
+    assert least.problem(backend) is None
+    assert backend.origin == "http://[::1]:9"
+    assert replace(backend, scheme="https", host="h", port=443).origin == "https://h"
+
+
+def test_provider_when_it_inherits_but_cannot_speak_is_a_clear_error() -> None:
+    class Mute(Provider):
+        name, price_per_second, pool = "mute", 0.0, "burst"
+
+    with pytest.raises(ConfigError, match=r"Mute cannot be made: .*ask.*read"):
+        build_provider(Mute)
