@@ -433,6 +433,13 @@ class Fleet(Protocol):
         """One new candidate a backend, in the order of the configuration."""
         ...
 
+    async def changed(self, seen: int) -> int:
+        """Wait until the fleet is not the one numbered `seen` any more; the number it has now.
+
+        It is 0 at the start, and another each time that a backend has joined or left.
+        """
+        ...
+
     async def check(self, candidate: Candidate, seconds: float) -> Check | None:
         """Ask the backend the free question of its provider and note time and models in `live`.
 

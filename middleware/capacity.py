@@ -4,14 +4,17 @@ Rule 1: a slot is taken in `admit` and given back in `Permit.release`, nowhere e
 Rule 2: giving back twice gives back once; a double release must never free a stranger's slot.
 Rule 3: who finds every backend full waits in the core's queue, within the limits told here; this
 plugin itself never waits.
+Rule 4: a backend that joined while the proxy ran begins with one slot and has all of them
+`slow_start` seconds later, growing evenly: its caches are cold, and its GPU may be, too.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 
-from beacon_proxy.contracts import Backend, Exchange, Permit, QueueLimits
+from beacon_proxy.contracts import Backend, Clock, Exchange, Permit, QueueLimits
 
 
 @dataclass(slots=True)
@@ -24,6 +27,11 @@ class Capacity:
     queue_timeout: float = field(
         default=10.0, metadata={"help": "s an exchange waits for room at most; 0: not at all"}
     )
+    slow_start: float = field(
+        default=30.0,
+        metadata={"help": "s until a backend that joined gets all its max_in_flight; 0: at once"},
+    )
+    clock: Clock = field(default=time.monotonic, metadata={"injected": True}, repr=False)
     _in_flight: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -31,14 +39,25 @@ class Capacity:
             raise ValueError(f"max_queue: must be >= 0, got {self.max_queue}")
         if not 0 <= self.queue_timeout < math.inf:
             raise ValueError(f"queue_timeout: must be >= 0 and finite, got {self.queue_timeout}")
+        if not 0 <= self.slow_start < math.inf:
+            raise ValueError(f"slow_start: must be >= 0 and finite, got {self.slow_start}")
 
     def admit(self, exchange: Exchange, backend: Backend) -> Permit | None:
         name, in_flight = backend.name, self._in_flight
         taken = in_flight.get(name, 0)
         if taken >= backend.max_in_flight:
             return None
+        if backend.joined and taken >= self._room(backend):
+            return None
         in_flight[name] = taken + 1
         return _Slot(in_flight, name)
+
+    def _room(self, backend: Backend) -> int:
+        """The slots of a backend that joined."""
+        age = self.clock() - backend.joined
+        if age >= self.slow_start:
+            return backend.max_in_flight
+        return 1 + int((backend.max_in_flight - 1) * max(age, 0.0) / self.slow_start)
 
     def queue(self) -> QueueLimits:
         return QueueLimits(size=self.max_queue, timeout=self.queue_timeout)

@@ -192,7 +192,7 @@ def _by_latency(c: Candidate, now: float) -> tuple[float, ...]:
     live = c.live
     idle = live.in_flight == 0
     unknown, cold = live.latency is None, live.cold_from <= now
-    if unknown and idle and live.picked == 0:
+    if unknown and idle and not live.last_used:
         score = _UNPROVEN if cold else 0.0
     else:
         latency = _UNPROVEN if live.latency is None else live.latency

@@ -154,7 +154,8 @@ class Health:
         if record is None:
             return
         if verdict is _BUSY:
-            self._push_back(record, exchange, outcome)
+            if outcome.started >= record.joined:
+                self._push_back(record, exchange, outcome)
         elif outcome.started < record.ejected_at:
             return
         elif verdict is _GOOD:
@@ -167,16 +168,17 @@ class Health:
     @asynccontextmanager
     async def lifespan(self, fleet: Fleet) -> AsyncIterator[None]:
         """Probe the fleet from now on; the first round starts at once and delays nobody."""
-        if not self.probe_interval:
-            yield
-            return
-        task = asyncio.create_task(self._probe(fleet), name="health.probes")
-        task.add_done_callback(self._stopped)
+        tasks = [asyncio.create_task(self._follow(fleet), name="health.newcomers")]
+        if self.probe_interval:
+            tasks.append(asyncio.create_task(self._probe(fleet), name="health.probes"))
+        for task in tasks:
+            task.add_done_callback(self._stopped)
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.wait((task,))
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
     def _all_well(self, candidates: Candidates, now: float) -> bool:
         """Whether all are known and nothing is held against any: the usual case, told quickly."""
@@ -207,7 +209,9 @@ class Health:
         record = self._records.get(name)
         # Another `live` under the same name is another backend: nothing of the old one holds.
         if record is None or record.live is not candidate.live:
-            record = self._records[name] = _Record(name, candidate.live)
+            joined = candidate.backend.joined
+            record = _Record(name, candidate.live, joined=joined, ejected_at=joined or -math.inf)
+            self._records[name] = record
         return record
 
     def _push_back(self, record: _Record, exchange: Exchange, outcome: Outcome) -> None:
@@ -277,18 +281,36 @@ class Health:
             stretch = self.rng.uniform(1.0 - _ROUND_JITTER, 1.0 + _ROUND_JITTER)
             await asyncio.sleep(self.probe_interval * stretch)
 
+    async def _follow(self, fleet: Fleet) -> None:
+        """Forget at once who leaves, and ask at once who joins."""
+        seen = 0
+        while True:
+            seen = await fleet.changed(seen)
+            candidates = self._remembered(fleet)
+            if self.probe_interval:
+                unasked = [c for c in candidates if self._record(c).probed_at == -math.inf]
+                await self._ask_all(fleet, unasked)
+
+    def _remembered(self, fleet: Fleet) -> list[Candidate]:
+        """The fleet of now; those that left it are forgotten."""
+        candidates = fleet.candidates()
+        self._records = {c.backend.name: self._record(c) for c in candidates}
+        return candidates
+
     async def _round(self, fleet: Fleet) -> None:
-        fleet_now = fleet.candidates()
-        records = {c.backend.name: self._record(c) for c in fleet_now}
-        self._records = records  # and those that left the fleet are forgotten
         now = self.clock()
+        candidates = self._remembered(fleet)
+        await self._ask_all(
+            fleet, [c for c in candidates if self._wants_probe(self._record(c), now)]
+        )
+
+    async def _ask_all(self, fleet: Fleet, candidates: Candidates) -> None:
         gate = asyncio.Semaphore(_AT_ONCE)
         async with asyncio.TaskGroup() as group:
-            for candidate in fleet_now:
-                record = records[candidate.backend.name]
-                if self._wants_probe(record, now):
-                    name = f"health.probe.{record.name}"
-                    group.create_task(self._ask(fleet, candidate, record, gate), name=name)
+            for candidate in candidates:
+                record = self._record(candidate)
+                name = f"health.probe.{record.name}"
+                group.create_task(self._ask(fleet, candidate, record, gate), name=name)
 
     def _wants_probe(self, record: _Record, now: float) -> bool:
         """Real traffic outranks probes: who answers clients well is not asked whether it does."""
@@ -301,6 +323,8 @@ class Health:
         async with gate:
             record.probed_at = self.clock()
             check = await fleet.check(candidate, self.probe_timeout)
+        if self._records.get(record.name) is not record:
+            return  # it left meanwhile
         if check is not None:
             self._tell(record, check)
         self._learn(record, check or _CANNOT_TELL, record.probed_at)
@@ -355,6 +379,7 @@ class _Record:
 
     name: str
     live: Live
+    joined: float = 0.0  # monotonic s; what began before was another backend's
     strikes: int = 0  # in a row
     deep: bool = False  # one of them came after the connect, where no probe looks
     ejections: int = 0  # of the present run, the multiplier of its time

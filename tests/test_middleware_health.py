@@ -62,7 +62,7 @@ class Scene:
         self.lives = {name: Live() for name in self.backends}
         self.answers: dict[str, Check | None] = {}
         self.asked: list[str] = []
-        self.rounds = 0
+        self.rounds = self.number = 0
         self.widest = self.open = 0
         self.during: Callable[[], None] = lambda: None
 
@@ -119,6 +119,11 @@ class Scene:
     def candidates(self) -> list[Candidate]:
         self.rounds += 1
         return [Candidate(b, self.lives[b.name]) for b in self.backends.values()]
+
+    async def changed(self, seen: int) -> int:
+        while self.number == seen:  # noqa: ASYNC110 - as `eventually` below
+            await asyncio.sleep(0)
+        return self.number
 
     async def check(
         self,
@@ -552,15 +557,60 @@ async def test_probe_when_backends_left_the_fleet_forgets_them() -> None:
     assert set(scene.health._records) == {"b"}
 
 
+async def test_newcomer_when_it_joins_is_asked_at_once_and_alone() -> None:
+    scene = Scene("a", "b")
+    scene.answers = {"a": GOOD, "b": GOOD, "c": GOOD}
+    async with scene.health.lifespan(scene):
+        await eventually(lambda: scene.asked == ["a", "b"] and not tasks("health.probe."))
+        scene.backends["c"], scene.lives["c"] = backend("c"), Live()
+        scene.number += 1
+        await eventually(lambda: len(scene.asked) > 2 and not tasks("health.probe."))
+        assert scene.asked == ["a", "b", "c"], "who was asked already waits for its round"
+        del scene.backends["a"]
+        scene.number += 1
+        await eventually(lambda: set(scene.health._records) == {"b", "c"})
+    assert len(scene.asked) == 3
+
+
+async def test_probe_when_its_backend_left_meanwhile_is_told_to_nobody() -> None:
+    """Else an ejection would bring the name of one that is forgotten back into the metrics."""
+    scene = Scene("a", "b", consecutive_failures=1)
+    scene.plan()
+
+    def leave() -> None:
+        scene.backends.pop("a", None)
+        scene.health._records.pop("a", None)
+
+    scene.during = leave
+    await scene.probe(a=Check(Verdict.STRIKE, fault=Fault.REFUSED), b=GOOD)
+    assert scene.events == []
+
+
+def test_observe_when_the_attempt_was_at_who_had_the_name_before_learns_nothing() -> None:
+    """A URL that changes because its server dies must not cost the new one its first minutes."""
+    scene = Scene("a", consecutive_failures=1)
+    scene.backends["a"] = replace(scene.backends["a"], joined=scene.now)
+    scene.plan()
+    scene.end("a", started=scene.now - 1.0, fault=Fault.RESET)
+    scene.end("a", Verdict.BUSY, started=scene.now - 1.0, retry_after=60.0)
+    assert (scene.ready(), scene.lives["a"].resting_until) == (["a"], 0.0)
+    scene.end("a", Verdict.BUSY, started=scene.now, retry_after=60.0)
+    assert scene.lives["a"].resting_until == scene.now + 60.0
+    scene.end("a", started=scene.now, fault=Fault.RESET)
+    assert scene.lives["a"].ejected_until > scene.now
+
+
 # Probes
 
 
 async def test_lifespan_when_probes_are_off_asks_nobody() -> None:
     scene = Scene("a", probe_interval=0.0)
     async with scene.health.lifespan(scene):
+        scene.number += 1  # and a newcomer is not asked either
         await asyncio.sleep(0.01)
-        assert not tasks("health.")
+        assert not tasks("health.probe")
     assert scene.asked == []
+    assert not tasks("health.")
 
 
 async def test_lifespan_does_not_wait_for_the_first_round_and_ends_its_task() -> None:
@@ -568,7 +618,10 @@ async def test_lifespan_does_not_wait_for_the_first_round_and_ends_its_task() ->
     scene = Scene("a")
     async with scene.health.lifespan(scene):
         assert scene.asked == []
-        assert [task.get_name() for task in tasks("health.")] == ["health.probes"]
+        assert {task.get_name() for task in tasks("health.")} == {
+            "health.probes",
+            "health.newcomers",
+        }
         await eventually(lambda: scene.asked == ["a"])
     assert not tasks("health.")
     assert scene.events == []
