@@ -58,6 +58,9 @@ class HandFleet:
     def candidates(self) -> list[Candidate]:
         return [Candidate(backend, live) for backend, live in self.rows]
 
+    def draining(self) -> list[Candidate]:
+        return []
+
     def now(self) -> float:
         return NOW
 

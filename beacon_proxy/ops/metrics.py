@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from itertools import accumulate
 
@@ -34,6 +34,7 @@ from ..errors import ProxyError
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _WAITS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_GONE_MOST = 256  # backends that are gone and were not told so yet
 _COMPLETE = End.COMPLETE  # as a global it is found in a third of the time
 _OVERHEAD = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0)
 
@@ -106,6 +107,7 @@ class Metrics(Collector):
         self._region = region
         self._clock = clock
         self._backends: dict[str, Tally] = {}
+        self._gone: set[str] = set()  # backends whose last numbers are still to be told
         self._durations = Histogram(_SECONDS)
         self._waits = Histogram(_WAITS)
         self._overhead = Histogram(_OVERHEAD)
@@ -168,6 +170,21 @@ class Metrics(Collector):
             seen.counts[bisect_left(_OVERHEAD, ours)] += 1
             seen.total += ours
 
+    def forget(self, name: str) -> None:
+        """Tell the numbers of a backend that is gone once more, and then no longer.
+
+        Who has come back by then goes on counting where it was.
+        """
+        if len(self._gone) >= _GONE_MOST:  # nobody asks
+            self._drop(self._gone)
+        self._gone.add(name)
+
+    def _drop(self, names: Collection[str]) -> None:
+        for name in names:
+            self._backends.pop(name, None)
+            self.ejections.pop(name, None)
+        self._gone.clear()
+
     def render(self, candidates: Candidates, accept: str = "") -> tuple[bytes, str]:
         """The exposition and its content type, in the format that `accept` prefers."""
         try:
@@ -175,7 +192,11 @@ class Metrics(Collector):
         except TypeError:  # a version that is no number
             encode, content_type = choose_encoder("")
         self._candidates = candidates
-        return encode(self._registry), content_type
+        if not self._gone:
+            return encode(self._registry), content_type
+        told = encode(self._registry)
+        self._drop(self._gone - {candidate.backend.name for candidate in candidates})
+        return told, content_type
 
     def collect(self) -> Iterator[Metric]:
         yield InfoMetricFamily(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from ..contracts import Candidates, Clock, End, Exchange, Outcome
+from ..contracts import Backend, Candidates, Clock, End, Exchange, Outcome
 from ..errors import Overloaded
 from .canonical import Canonical
 from .lines import JsonLines, Line, encode, through
@@ -27,6 +27,10 @@ LEVELS = {
     "carry.failed": "error",
     "check.failed": "warning",
     "config.ignored": "warning",
+    "discovery.clashed": "warning",
+    "discovery.failed": "warning",
+    "discovery.skipped": "warning",
+    "discovery.stopped": "error",
     "fleet.panicked": "warning",
     "observe.failed": "error",
     "probe.failed": "warning",
@@ -36,7 +40,9 @@ LEVELS = {
 }
 
 # What a listener on the public /ws has no business to know.
-_PRIVATE = frozenset({"client", "detail", "error", "host", "path", "trace_id", "url"})
+_PRIVATE = frozenset(
+    {"client", "detail", "error", "host", "path", "problems", "source", "trace_id", "url"}
+)
 _TAKEN = frozenset(
     {"event", "level", "method_name", "self", "ts"}
 )  # names that structlog and we use
@@ -119,6 +125,13 @@ class Telemetry:
         self._tell(line)
         if self._listeners:
             self._publish(line)
+
+    def forget(self, backend: Backend) -> None:
+        """A backend is gone, and nobody has its name now: its numbers go, too.
+
+        What it cost in the last hour stays in `windows` for that hour.
+        """
+        self.metrics.forget(backend.name)
 
     def queue_depth(self, n: int) -> None:
         """Note how many exchanges wait for room now."""

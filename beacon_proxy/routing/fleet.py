@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from math import inf
 from typing import Any
@@ -44,6 +44,7 @@ _WEIGHT = 0.2  # of the newest outcome in the moving averages: about the last te
 _LOOK_PAUSE = 5.0  # s between two looks for a model that nobody serves
 _LOOK_TIME = 2.0  # s that such a look takes at most
 
+_Row = tuple[Backend, Live]
 _Trust = tuple[bool, bool, str | None]  # https, verify, file of authorities
 CONNECT_LIMIT = 10.0  # s, of the control plane
 
@@ -52,8 +53,20 @@ def _trust(backend: Backend) -> _Trust:
     return (backend.scheme == "https", backend.tls_verify, backend.tls_ca_file)
 
 
+def _server(backend: Backend) -> tuple[str, str, str, int, str]:
+    """Where two are the same, what was learnt of the one holds for the other."""
+    return backend.provider, backend.scheme, backend.host, backend.port, backend.base_path
+
+
+def _nobody(_: Backend) -> None:
+    """Hear nothing."""
+
+
 class Fleet:
-    """Every backend with its live state, in the order of the configuration.
+    """Every backend with its live state: those of the configuration, then those that were found.
+
+    One that was found and is gone takes no new attempt from that moment. While exchanges run on it
+    it is *leaving*; found again meanwhile, it comes back with its past. Then it is forgotten.
 
     Attributes:
         now: its clock.
@@ -61,6 +74,10 @@ class Fleet:
         choosy: some provider's backends cannot take every request.
         reads_sessions: some provider may put what the client calls its conversation into a field.
         has_totals: some backend limits the whole time of an exchange.
+        leaving: rows that left and whose exchanges still run.
+        unasked: sources of backends that have not answered yet.
+        on_left: hears of a backend to which no idle connection is of use any more.
+        on_forgotten: hears of a backend whose name nobody has now.
     """
 
     def __init__(
@@ -77,14 +94,19 @@ class Fleet:
         self._unix = unix
         self._version = version
         self._notify = notify
-        self._rows = [(b, new_live(b)) for b in backends]
-        self._rent_ends = self._next_end_of_rent()
+        self._rows: list[_Row] = [(b, new_live(b)) for b in backends]
+        self._found: dict[str, Backend] = {}  # as given to `follow`, by name
+        self.leaving: list[_Row] = []
+        self.unasked = 0
+        self.on_left: Callable[[Backend], None] = _nobody
+        self.on_forgotten: Callable[[Backend], None] = _nobody
+        self._number = 0  # of the fleet that it is now
+        self._changed = asyncio.Event()
         self.providers = providers
         self.hooks = {name: Hooks.of(each, self._carriage) for name, each in providers.items()}
-        used = {backend.provider for backend, _ in self._rows} & self.hooks.keys()
-        self.choosy = any(self.hooks[name].takes is not None for name in used)
-        self.reads_sessions = any(self.hooks[name].fields is not None for name in used)
-        self.has_totals = any(backend.timeouts.total for backend, _ in self._rows)
+        self.choosy = self.has_totals = self.reads_sessions = False
+        self._rent_ends: float | None = None
+        self._survey()
         self._asking: dict[str, asyncio.Task[Check | None]] = {}
         self._looking = asyncio.Lock()
         self._look_again = 0.0
@@ -127,7 +149,7 @@ class Fleet:
             if row.idle_price_per_second and row.rented_until_unix <= now:
                 self._rows[at] = (row.unrented(), live)
                 self._notify("backend.rent_ended", backend=row.name)
-        self._rent_ends = self._next_end_of_rent()
+        self._survey()
 
     def taking(self, exchange: Exchange, candidates: Candidates) -> Candidates:
         """Those whose provider can take this very request."""
@@ -140,10 +162,10 @@ class Fleet:
 
     def knows(self, model: str) -> bool:
         """Whether some backend serves, or may serve, the model."""
-        for backend, live in self._rows:  # noqa: SIM110 - any() takes three times as long
+        for backend, live in self._rows:
             if self._serves(backend, live, model):
                 return True
-        return False
+        return not self._rows or self.unasked > 0  # who is still to be found may serve it
 
     async def finds(self, model: str) -> bool:
         """Whether some backend serves the model after all, by asking those that tell.
@@ -226,6 +248,114 @@ class Fleet:
         if models is not None:
             return model in models
         return model not in live.lacking or live.lacking[model] <= self.now()
+
+    # -- backends that come and go ---------------------------------------------------------------
+
+    def draining(self) -> list[Candidate]:
+        """One new candidate for each backend that is leaving."""
+        return [Candidate(backend, live) for backend, live in self.leaving]
+
+    def keeps(self, backend: Backend) -> bool:
+        """Whether it is, as it is, still one of the fleet: else its connections are of no use."""
+        now = self._named.get(backend.name)
+        return (
+            now is not None and _server(now) == _server(backend) and _trust(now) == _trust(backend)
+        )
+
+    async def changed(self, seen: int) -> int:
+        """See `contracts.Fleet.changed`."""
+        while self._number == seen:
+            await self._changed.wait()
+        return self._number
+
+    def follow(self, found: Iterable[Backend]) -> None:
+        """Take the discovered backends to be these, from now on.
+
+        Names are unique, and none is a configured one. A row keeps its place, and its live state
+        as long as it is the same server; `joined` counts for one that is new.
+        """
+        old, self._found = self._found, {backend.name: backend for backend in found}
+        new = dict(self._found)
+        rows: list[_Row] = []
+        moved = False
+        for row in self._rows:
+            was, now = old.get(row[0].name), new.pop(row[0].name, None)
+            if was is None or (now is not None and replace(now, joined=was.joined) == was):
+                rows.append(row)  # configured, or as it was
+            elif now is not None and _server(was) == _server(now):
+                rows.append(self._revised(row, was, now))
+            else:
+                moved = True
+                self._leave(row)
+                if now is not None:
+                    rows.append(self._join(replace(now, joined=self.now())))
+        moved = moved or bool(new)
+        rows += map(self._join, new.values())
+        self._rows = rows
+        self._survey()
+        self.sweep()
+        if moved:
+            self._number += 1
+            self._changed.set()
+            self._changed.clear()
+
+    def sweep(self) -> None:
+        """Forget those that left and are empty; asked whenever an attempt at one may have ended."""
+        gone = [backend for backend, live in self.leaving if not live.in_flight]
+        if not gone:
+            return
+        self.leaving = [row for row in self.leaving if row[1].in_flight]
+        still = {backend.name for backend, _ in self.leaving}
+        for backend in gone:
+            if backend.name not in self._named and backend.name not in still:
+                self.on_forgotten(backend)
+
+    def _revised(self, row: _Row, was: Backend, now: Backend) -> _Row:
+        """The row with other facts about the same server."""
+        backend, live = row
+        if _trust(was) != _trust(now):
+            self.on_left(backend)
+        if now.model_names:
+            live.model_names = now.model_names
+        kind = backend.kind if was.kind == now.kind else now.kind  # it may have been found out
+        return replace(now, kind=kind, joined=backend.joined), live
+
+    def _leave(self, row: _Row) -> None:
+        backend, live = row
+        self.leaving.append(row)
+        self.on_left(backend)
+        self._notify("backend.left", backend=backend.name, in_flight=live.in_flight)
+
+    def _join(self, backend: Backend) -> _Row:
+        self._notify(
+            "backend.joined",
+            backend=backend.name,
+            provider=backend.provider,
+            region=backend.region,
+        )
+        for at, (its, live) in enumerate(self.leaving):
+            if its.name == backend.name and _server(its) == _server(backend):
+                del self.leaving[at]
+                return replace(backend, joined=its.joined), live
+        peers = [
+            live.picked
+            for its, live in self._rows
+            if (its.pool, its.region, its.price_per_second)
+            == (backend.pool, backend.region, backend.price_per_second)
+        ]
+        # From zero it would be the least often picked for as long as the others were there.
+        live = new_live(backend)
+        live.picked = min(peers, default=0)
+        return backend, live
+
+    def _survey(self) -> None:
+        """Work out what holds of all rows."""
+        self._named = {backend.name: backend for backend, _ in self._rows}
+        used = {backend.provider for backend, _ in self._rows} & self.hooks.keys()
+        self.choosy = any(self.hooks[name].takes is not None for name in used)
+        self.reads_sessions = any(self.hooks[name].fields is not None for name in used)
+        self.has_totals = any(backend.timeouts.total for backend, _ in self._rows)
+        self._rent_ends = self._next_end_of_rent()
 
     # -- probes ----------------------------------------------------------------------------------
 
@@ -311,4 +441,5 @@ class Fleet:
         for at, (row, its) in enumerate(self._rows):
             if its is live:
                 self._rows[at] = (replace(row, kind=kind), live)
+                self._survey()
                 self._notify("backend.identified", backend=backend.name, kind=kind)

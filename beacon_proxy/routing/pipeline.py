@@ -162,6 +162,8 @@ class Pipeline:
                 permit.release()
             self._record(exchange, attempt.outcome(judgement, cancelled=cancelled), live)
             self._queue.released(choice.candidate.backend.name)
+            if self._fleet.leaving:
+                self._fleet.sweep()
 
     def _judge(self, exchange: Exchange, choice: Choice, attempt: Attempt) -> Judgement:
         if attempt.error is not None or attempt.answer is None:

@@ -85,11 +85,11 @@ class Queue:
         """`place` has tried its luck: a slot promised to it that it did not take goes on."""
         name, place.owed = place.owed, None
         if name is not None:
-            self._promised[name] -= 1
+            self._keep(name)
             self.owed -= 1
             if name != took:
                 self._wake_for(name, after=place)
-            elif name in self._turned_away and not self._promised[name]:
+            elif name in self._turned_away and name not in self._promised:
                 self._turned_away.discard(name)
                 self._wake_for(name, after=None)  # there may have been more room than promised
 
@@ -121,9 +121,22 @@ class Queue:
             timer.cancel()
             place.wake = None
 
+    def _keep(self, name: str) -> None:
+        """One promise less."""
+        left = self._promised[name] - 1
+        if left:
+            self._promised[name] = left
+        else:
+            del self._promised[name]
+
     def _count(self, names: frozenset[str], step: int) -> None:
         for name in names:
-            self._wanted[name] = self._wanted.get(name, 0) + step
+            wanted = self._wanted.get(name, 0) + step
+            if wanted:
+                self._wanted[name] = wanted
+            else:  # backends come and go: a name that nobody waits for must not stay for ever
+                del self._wanted[name]
+                self._turned_away.discard(name)
 
 
 def _wake(future: asyncio.Future[None]) -> None:

@@ -43,6 +43,10 @@ class Names:
             return addresses  # and the answer under way is for the next one
         return await asyncio.shield(asked)
 
+    def forget(self, host: str, port: int) -> None:
+        """Keep nothing of a host that may never be asked for again."""
+        self._known.pop((host, port), None)
+
     def _ask(self, key: tuple[str, int]) -> asyncio.Future[Addresses]:
         asked: asyncio.Future[Addresses] = self._loop.create_future()
         self._asked[key] = asked

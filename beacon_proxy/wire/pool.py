@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections.abc import Callable
 from functools import lru_cache, partial
 from math import inf
 
@@ -24,14 +25,23 @@ IDLE_LIMIT = 4.0  # s
 HAPPY_EYEBALLS_DELAY = 0.25  # s, RFC 8305 section 5
 
 
+def _always(_: Backend) -> bool:
+    return True
+
+
 class Pool:
-    """All connections of this process to its backends."""
+    """All connections of this process to its backends.
+
+    Attributes:
+        keeps: whether connections to a backend are worth keeping once they are idle.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, wheel: Wheel) -> None:
         self._loop = loop
         self._wheel = wheel
         self._idle: dict[str, dict[Connection, None]] = {}  # backend: connections, oldest first
         self._names = Names(loop)
+        self.keeps: Callable[[Backend], bool] = _always
 
     def take(self, backend: Backend) -> Connection | None:
         """An idle connection, newest first; None where there is none."""
@@ -76,7 +86,9 @@ class Pool:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         secure = backend.scheme == "https"
         context = tls_context(backend.tls_verify, backend.tls_ca_file) if secure else None
-        connection = Connection(self._loop, self._wheel, partial(self._put, backend))
+        # None of its own for a backend that has left: who has its name now may be another.
+        shelf = self._idle.setdefault(backend.name, {}) if self.keeps(backend) else {}
+        connection = Connection(self._loop, self._wheel, partial(self._put, backend, shelf))
         try:
             await self._loop.create_connection(
                 lambda: connection,
@@ -90,10 +102,10 @@ class Pool:
             raise
         return connection
 
-    def _put(self, backend: Backend, connection: Connection) -> None:
-        idle = self._idle.get(backend.name)
-        if idle is None:
-            idle = self._idle[backend.name] = {}
+    def _put(self, backend: Backend, idle: dict[Connection, None], connection: Connection) -> None:
+        if self._idle.get(backend.name) is not idle:
+            connection.abort()  # it has left
+            return
         if len(idle) >= backend.max_in_flight and len(idle) >= 8:
             oldest = next(iter(idle))
             del idle[oldest]
@@ -103,6 +115,12 @@ class Pool:
         connection.idle_until = self._loop.time() + IDLE_LIMIT
         idle[connection] = None
         connection.shelf = idle
+
+    def forget(self, backend: Backend) -> None:
+        """Close what is idle to a backend; what is in use is closed when it is done."""
+        for connection in tuple(self._idle.pop(backend.name, ())):
+            connection.abort()
+        self._names.forget(backend.host, backend.port)
 
     def close(self) -> None:
         """Close every idle connection."""

@@ -37,6 +37,8 @@ class Fleet(Protocol):
 
     def candidates(self) -> list[Candidate]: ...
 
+    def draining(self) -> list[Candidate]: ...
+
     def now(self) -> float: ...
 
 
@@ -127,11 +129,15 @@ class Admin:
         region = canonical_region(request.query.get("region", ""))
         totals = self._telemetry.windows.totals(MINUTES, by=lambda key: key.backend)
         now, unix = self._fleet.now(), self._telemetry.unix()
+        shown = [(each, False) for each in self._fleet.candidates()]
+        shown += [(each, True) for each in self._fleet.draining()]
         return json_answer(
             {
                 "providers": [
-                    views.provider(c, now, unix, totals.get(c.backend.name, Totals()))
-                    for c in self._fleet.candidates()
+                    views.provider(
+                        c, now, unix, totals.get(c.backend.name, Totals()), draining=draining
+                    )
+                    for c, draining in shown
                     if region in ("", c.backend.region)
                 ]
             }
@@ -186,7 +192,10 @@ class Admin:
         accept = ",".join(request.headers.getall("Accept", ()))
         candidates = self._fleet.candidates()
         if prefers_text(accept):
-            body, content_type = self._telemetry.render(candidates, accept)
+            names = {candidate.backend.name for candidate in candidates}
+            leaving = [c for c in self._fleet.draining() if c.backend.name not in names]
+            shown = [*candidates, *{c.backend.name: c for c in leaving}.values()]
+            body, content_type = self._telemetry.render(shown, accept)
             headers = {**HEADERS, "Content-Type": content_type}
             return web.Response(body=body, headers=headers)
         metrics = self._telemetry.metrics

@@ -23,7 +23,9 @@ def usable(live: Live, now: float) -> bool:
     return healthy(live, now) or 0 < live.ejected_until <= now
 
 
-def provider(candidate: Candidate, now: float, unix: float, totals: Totals) -> dict[str, Any]:
+def provider(
+    candidate: Candidate, now: float, unix: float, totals: Totals, *, draining: bool
+) -> dict[str, Any]:
     """One entry of /providers. The first eight fields are read by old clients: types are fixed."""
     backend, live = candidate.backend, candidate.live
     ejected = live.ejected_until > now
@@ -41,6 +43,7 @@ def provider(candidate: Candidate, now: float, unix: float, totals: Totals) -> d
         "idle_cost_per_second": float(backend.idle_price_per_second),
         "rented_until": None if until == inf else until,
         "pool": backend.pool,
+        "draining": draining,  # it has left: no new request, those that run end as they would
         "in_flight": live.in_flight,
         "max_in_flight": backend.max_in_flight,
         "models": names_of(candidate),
