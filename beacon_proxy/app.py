@@ -21,6 +21,8 @@ from .api.inference import PATHS, Inference
 from .api.protocol import HEAD_TIMEOUT, ClientServer
 from .api.server import Api
 from .config import Settings, resolve_backends
+from .discovery.refresh import Refresher
+from .discovery.sources import source_of
 from .ops.telemetry import Telemetry
 from .plugins import Plugins, build_middleware, build_provider
 from .routing.attempt import Wire
@@ -78,6 +80,16 @@ class App:
             notify=self.telemetry.notify,
             version=__version__,
         )
+        self.fleet.on_forgotten = self.telemetry.forget
+        self._refresher = Refresher(
+            [source_of(row, __version__) for row in settings.discovery],
+            settings,
+            self.fleet.providers,
+            self.fleet,
+            clock=time.monotonic,
+            rng=random.Random(),
+            notify=self.telemetry.notify,
+        )
         self.pipeline: Pipeline
 
     async def start(self) -> None:
@@ -90,6 +102,7 @@ class App:
         server = self._settings.server
         self._wheel = Wheel(loop)
         self._pool = Pool(loop, self._wheel)
+        self._pool.keeps, self.fleet.on_left = self.fleet.keeps, self._pool.forget
         chain = Chain.of(self._middlewares())
         wire = Wire(loop, self._wheel, self._pool, self._carriers)
         self.pipeline = Pipeline(self.fleet, chain, wire, self.telemetry)
@@ -101,6 +114,8 @@ class App:
         )
         self.port = self._server.sockets[0].getsockname()[1]
         self._stack.push_async_callback(self.fleet.close)
+        self._stack.push_async_callback(self._refresher.close)
+        self._refresher.start()
         for lifespan in chain.lifespans:
             await self._stack.enter_async_context(lifespan(self.fleet))
         for warning in self._settings.warnings:

@@ -71,7 +71,9 @@ def _check(args: argparse.Namespace) -> int:
     count = len(warnings) + len(settings.warnings)
     warned = f", {count} warning{'s' * (count > 1)} above" if count else ""
     chain = ", ".join(entry.name for entry in settings.middleware)
-    backends = ", ".join(row.name for row in settings.backends)
+    backends = ", ".join(row.name for row in settings.backends) or "none of its own"
+    if settings.discovery:
+        backends += f", and those of {len(settings.discovery)} discovery source(s)"
     print(f"configuration is valid{warned}; backends: {backends}; middleware: {chain or 'none'}")
     return 0
 

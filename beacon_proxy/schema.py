@@ -169,8 +169,8 @@ def _dashed(line: str, level: int) -> str:
 
 
 def _off(lines: str) -> str:
-    """Comment out, keeping the column of the comments."""
-    return re.sub(r"(?m)^(.+?) ( #|$)", r"#\1\2", lines)
+    """Comment out, keeping the column of the comments; what is out already stays as it is."""
+    return re.sub(r"(?m)^([^#\n].*?) ( #|$)", r"#\1\2", lines)
 
 
 def _line(text: str, about: str | None, level: int) -> str:

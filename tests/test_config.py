@@ -306,7 +306,6 @@ def test_backend_when_its_url_is_split_keeps_every_part(
 @pytest.mark.parametrize(
     ("more", "path"),
     [
-        ("discovery: [{provider: cloud, dns: x}]", "discovery"),
         ("ledger: {path: other.db}", "ledger"),
         ("budgets: [{name: b, per: day, usd: 1}]", "budgets"),
         ("limits: {tenant_header: X-Tenant}", "limits"),

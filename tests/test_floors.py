@@ -30,8 +30,9 @@ FLOORS: dict[str, set[str]] = {
     "schema": GROUND | {"plugins", "config"},
     "routing": GROUND | {"wire"},
     "ops": GROUND,
+    "discovery": GROUND | {"config"},
     "api": GROUND | {"wire", "plugins", "config", "routing", "ops"},
-    "app": GROUND | {"wire", "plugins", "config", "routing", "ops", "api"},
+    "app": GROUND | {"wire", "plugins", "config", "routing", "ops", "api", "discovery"},
     "demo": GROUND | {"plugins", "config", "app"},
     "cli": GROUND | {"plugins", "config", "schema", "app", "demo"},
     "__main__": {"cli"},
@@ -171,7 +172,8 @@ def declared() -> set[str]:
     names = {
         re.split(r"[<>=;\[ ]", line, maxsplit=1)[0] for line in lines.splitlines() if line.strip()
     }
-    return {{"PyYAML": "yaml"}.get(name, name.replace("-", "_")) for name in names}
+    called = {"PyYAML": "yaml", "dnspython": "dns"}
+    return {called.get(name, name.replace("-", "_")) for name in names}
 
 
 SOURCES = modules(ROOT)

@@ -58,6 +58,8 @@ MODULES = 292
 
 OTHERS = {
     "anthropic": "of the tests",
+    "beacon_proxy.discovery.records": "only discovery by DNS needs dnspython",
+    "dns": "282 modules; only discovery by DNS needs it",
     "httpx": "of the tests and of other packages; the proxy has aiohttp",
     "importlib_metadata": "Python has it",
     "modal": "asks Modal's control plane, where that is configured; brings grpclib and protobuf",
@@ -88,6 +90,7 @@ DATA_PATH = {
     "uvloop": "there is no loop",
     "beacon_proxy.api": "faces clients",
     "beacon_proxy.app": "composes what serves",
+    "beacon_proxy.discovery": "finds backends for exchanges",
     "beacon_proxy.ops": "tells of exchanges",
     "beacon_proxy.routing": "decides for exchanges",
     "beacon_proxy.wire": "moves bytes",

@@ -19,7 +19,7 @@ from ..errors import ConfigError
 from ..plugins import Plugins, build_provider
 from ..regions import canonical_region, region_of_fly
 from .backends import BackendSettings
-from .checks import check_chain, check_names, check_references, check_rows
+from .checks import check_chain, check_defaults, check_names, check_references, check_rows
 from .document import put_in, read, veiled
 from .problems import Place, dotted, lines, shown
 from .settings import MiddlewareEntry, Settings, TimeoutSettings
@@ -32,6 +32,7 @@ __all__ = [
     "make_settings",
     "read_settings",
     "resolve_backends",
+    "resolve_row",
 ]
 
 DEFAULT_FILE = Path("beacon.yaml")
@@ -71,10 +72,11 @@ def make_settings(written: Mapping[str, Any], env: Mapping[str, str], plugins: P
     content["server"] = _server(content.get("server", {}), env, found)
     rows_of_env: list[dict[str, Any]] = []
     if "backends" not in content:
-        rows_of_env = _environment(providers, env, content["server"], found)
+        needed = not content.get("discovery")
+        rows_of_env = _environment(providers, env, content["server"], found, needed=needed)
         content["backends"] = rows_of_env
         written = {**written, "backends": rows_of_env}
-    elif content["backends"] == []:
+    elif content["backends"] == [] and not content.get("discovery"):
         found.append(_how_to_add_one(providers))
     content["middleware"] = check_chain(
         content.get("middleware"), written.get("middleware"), plugins, found
@@ -84,6 +86,7 @@ def make_settings(written: Mapping[str, Any], env: Mapping[str, str], plugins: P
     check_names(content["backends"], lambda i: place(("backends", i, "name")), found)
     check_names(content.get("budgets"), lambda i: f"budgets[{i}].name", found)
     check_references(content, [*providers], found)
+    check_defaults(content.get("discovery"), providers, content.get("rates"), found)
     try:
         settings = Settings.model_validate(content)
     except ValidationError as exc:
@@ -115,7 +118,12 @@ def _server(section: Any, env: Mapping[str, str], found: list[str]) -> Any:
 
 
 def _environment(
-    providers: Mapping[str, Provider], env: Mapping[str, str], server: Any, found: list[str]
+    providers: Mapping[str, Provider],
+    env: Mapping[str, str],
+    server: Any,
+    found: list[str],
+    *,
+    needed: bool,
 ) -> list[dict[str, Any]]:
     """The rows of backends that the environment gives, provider by provider."""
     said = server.get("region") if isinstance(server, dict) else None
@@ -128,7 +136,7 @@ def _environment(
         except ConfigError as exc:
             refused = True
             found += exc.problems
-    if not rows and not refused:
+    if needed and not rows and not refused:
         found.append(_how_to_add_one(providers))
     return rows
 
@@ -176,6 +184,29 @@ def resolve_backends(settings: Settings, plugins: Plugins) -> tuple[Backend, ...
     if found:
         raise ConfigError(found)
     return backends
+
+
+def resolve_row(
+    row: Mapping[str, Any], settings: Settings, providers: Mapping[str, Provider]
+) -> Backend:
+    """Turn one row that was found while running into a backend, by the rules of `backends`.
+
+    Raises:
+        ConfigError: each problem as `key: problem`.
+    """
+    found: list[str] = []
+    check_rows([row], providers, settings.rates, lambda at: dotted(at[2:]), found)
+    try:
+        made = BackendSettings.model_validate(row)
+    except ValidationError as exc:
+        found[:0] = lines(exc, BackendSettings, row)
+    if found:
+        raise ConfigError(found)
+    provider = providers[made.provider]
+    backend = _backend(made, provider, settings)
+    if (problem := provider.problem(backend)) is not None:
+        raise ConfigError(problem)
+    return backend
 
 
 def _backend(row: BackendSettings, provider: Provider, settings: Settings) -> Backend:

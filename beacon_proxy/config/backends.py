@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import ipaddress
+import re
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, create_model, model_validator
 
 from .values import (
     ControlUrl,
@@ -15,6 +17,7 @@ from .values import (
     Name,
     NotNegative,
     Pool,
+    Port,
     Positive,
     Region,
     Secret,
@@ -151,17 +154,96 @@ class BackendSettings(Section):
     )
 
 
+_OF_ROWS = ("name", "provider", "url")  # a row alone can say these
+if TYPE_CHECKING:
+    RowDefaults = Section
+else:
+    RowDefaults = create_model(
+        "RowDefaults",
+        __base__=Section,
+        __doc__="What every backend found has, but for what its own row says.",
+        **{
+            name: (field.annotation, field)
+            for name, field in BackendSettings.model_fields.items()
+            if name not in _OF_ROWS
+        },
+    )
+
+SERVICE = re.compile(r"_[^.]+\._[^.]+\..+")  # RFC 2782: _service._proto.name
+
+
+def split_resolver(value: str) -> tuple[str, int]:
+    """Address and port of a DNS server: `10.0.0.2`, `10.0.0.2:5353`, `[fdaa::3]:53`, `fdaa::3`.
+
+    Raises:
+        ValueError: saying what it must be.
+    """
+    host, port = value, "53"
+    if value.startswith("["):
+        host, _, rest = value[1:].partition("]")
+        port = rest.removeprefix(":") if rest else port
+    elif value.count(":") == 1:
+        host, _, port = value.partition(":")
+    try:
+        number = int(port) if port.isascii() and port.isdecimal() and len(port) <= 5 else 0
+        if not 0 < number <= 65535:
+            raise ValueError
+        return str(ipaddress.ip_address(host)), number
+    except ValueError:
+        raise ValueError("must be an IP address, with :port if that is not 53") from None
+
+
+def _resolver(value: str) -> str:
+    split_resolver(value)
+    return value
+
+
+def _domain(value: str) -> str:
+    labels = value.removesuffix(".").split(".")
+    good = value.isascii() and len(value) <= 254 and all(0 < len(each) < 64 for each in labels)
+    if not good or re.search(r"[^A-Za-z0-9._-]", value):
+        raise ValueError("must be a domain name")
+    return value
+
+
 class Discovery(Section):
     """A source of backends that come and go; exactly one of file, url and dns."""
 
-    provider: Text = Field(description="provider of the backends found")
-    file: Text | None = Field(default=None, description="JSON file with an array of backend rows")
+    provider: Text = Field(description="provider of the backends found, where a row names none")
+    file: Text | None = Field(
+        default=None, description="JSON file with an array of backend rows, or of URLs"
+    )
     url: Source | None = Field(default=None, description="URL that answers such an array")
-    dns: Text | None = Field(default=None, description="name with SRV, A or AAAA records")
+    dns: Annotated[Text, AfterValidator(_domain)] | None = Field(
+        default=None, description="name with SRV (_service._proto.…), else A and AAAA records"
+    )
     interval: Positive = Field(default=10.0, description="s between two looks")
+    timeout: Positive = Field(default=5.0, description="s a look may take")
+    backend: RowDefaults = Field(
+        default=RowDefaults(),
+        description="keys of `backends` for every backend found; those of its own row win",
+    )
+    scheme: Literal["http", "https"] = Field(
+        default="http", description="of the backends that dns finds"
+    )
+    port: Annotated[Port, Field(ge=1)] | None = Field(
+        default=None,
+        description="of the backends that A and AAAA records find (SRV records have their own);"
+        " default: that of the scheme",
+        examples=[11434],
+    )
+    resolver: Annotated[Text, AfterValidator(_resolver)] | None = Field(
+        default=None,
+        description="DNS server to ask, as address[:port]; default: the system's",
+        examples=["10.0.0.2:5353"],
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if sum(source is not None for source in (self.file, self.url, self.dns)) != 1:
             raise ValueError("must have exactly one of file, url and dns")
+        of_dns = {"scheme": self.scheme != "http", "port": self.port, "resolver": self.resolver}
+        idle = [key for key, said in of_dns.items() if said and self.dns is None]
+        if idle:
+            raise ValueError(f"has {', '.join(idle)}, which only dns uses")
         return self

@@ -188,6 +188,22 @@ def _two_names(aliases: Any) -> str | None:
     return None
 
 
+def check_defaults(
+    sources: Any, providers: Mapping[str, Provider], rates: Any, problems: list[str]
+) -> None:
+    """Check what each source of discovery says of all its backends, as `check_rows` does."""
+    for index, source in _mappings(sources):
+        name, said = source.get("provider"), source.get("backend")
+        if isinstance(said, dict):
+            known = name if isinstance(name, str) and name in providers else None
+            start = ("discovery", index, "backend")
+            check_rows([{**said, "provider": known}], providers, rates, _under(start), problems)
+
+
+def _under(start: Place) -> Callable[[Place], str]:
+    return lambda at: dotted((*start, *at[2:]))
+
+
 def check_names(rows: Any, place: Callable[[int], str], problems: list[str]) -> None:
     """Check that no two rows of a list have one name."""
     first: dict[str, int] = {}

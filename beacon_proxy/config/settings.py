@@ -108,7 +108,7 @@ class Settings(Section):
     @property
     def warnings(self) -> list[str]:
         """What is set, and valid, but has no effect in this version; one line a key."""
-        later = ["discovery", "ledger", "budgets", "limits", "alerts"]
+        later = ["ledger", "budgets", "limits", "alerts"]
         paths = [key for key in later if getattr(self, key) != _default(Settings, key)]
         for index, row in enumerate(self.backends):
             paths += [

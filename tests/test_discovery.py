@@ -1,0 +1,368 @@
+"""Discovery through the whole proxy: backends come and go under requests that run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .kit import (
+    LAST_CHUNK,
+    SSE_HEAD,
+    BackendConn,
+    Proxy,
+    RawBackend,
+    RawClient,
+    chat,
+    chat_events,
+    chat_stream,
+    chunk,
+    eventually,
+    proxy,
+    request,
+)
+
+NEWS = 5.0  # s until a change must have been noticed, on a busy machine
+
+
+def put(path: Path, rows: Any) -> None:
+    """Put another file in the place, as editors and Kubernetes do."""
+    new = path.with_suffix(".new")
+    new.write_text(rows if isinstance(rows, str) else json.dumps(rows))
+    os.replace(new, path)
+
+
+def by_file(path: Path, **more: Any) -> dict[str, Any]:
+    return {"discovery": [{"provider": "openai", "file": str(path), "interval": 0.05, **more}]}
+
+
+def row(name: str, backend: RawBackend, **more: Any) -> dict[str, Any]:
+    return {"name": name, "url": backend.url, **more}
+
+
+def names(p: Proxy) -> list[str]:
+    return [c.backend.name for c in p.app.fleet.candidates()]
+
+
+async def shown(p: Proxy) -> dict[str, dict[str, Any]]:
+    async with RawClient(p.port) as client:
+        answer = await client.ask(request("GET", "/providers"))
+    return {each["name"]: each for each in json.loads(answer.body)["providers"]}
+
+
+async def ask(p: Proxy, data: bytes = b"") -> Any:
+    async with RawClient(p.port) as client:
+        return await client.ask(data or chat(stream=True), "POST")
+
+
+class Held:
+    """A backend that streams its first event, and the rest when it is told to."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+
+    async def script(self, conn: BackendConn) -> None:
+        while await conn.request() is not None:
+            first, *rest = chat_events("held", 3)
+            await conn.send(SSE_HEAD + chunk(first))
+            await self.go.wait()
+            await conn.send(b"".join(map(chunk, rest)) + LAST_CHUNK)
+
+
+async def test_stream_when_its_backend_vanishes_ends_whole_and_new_requests_go_elsewhere(
+    tmp_path: Path,
+) -> None:
+    held, path = Held(), tmp_path / "nodes.json"
+    async with RawBackend(held.script) as old, RawBackend(chat_stream("new", 3)) as new:
+        put(path, [row("old", old)])
+        async with proxy(**by_file(path)) as p:
+            await eventually(lambda: names(p) == ["old"], NEWS)
+            running = asyncio.create_task(ask(p), name="the stream")
+            await eventually(lambda: p.in_flight() == 1)
+            put(path, [row("new", new)])
+            await eventually(lambda: names(p) == ["new"], NEWS)
+            entry = (await shown(p))["old"]
+            assert (entry["draining"], entry["in_flight"]) == (True, 1)
+            assert (await shown(p))["new"]["draining"] is False
+            other = await ask(p)
+            assert (other.complete, other.header(b"X-Beacon-Backend")) == (True, [b"new"])
+            assert b"new" in other.body
+            held.go.set()
+            whole = await running
+            assert (whole.status, whole.complete) == (200, True)
+            assert whole.body == b"".join(chat_events("held", 3))
+            await eventually(lambda: not p.app.fleet.leaving)
+            assert set(await shown(p)) == {"new"}
+            assert len(old.requests) == 1
+            (left,) = p.events("backend.left")
+            assert (left["backend"], left["in_flight"]) == ("old", 1)
+
+
+async def test_waiter_when_the_backend_it_waits_for_vanishes_goes_to_another(
+    tmp_path: Path,
+) -> None:
+    """A place in the queue is no right to a backend: the slot that comes free is not taken."""
+    held, path = Held(), tmp_path / "nodes.json"
+    async with RawBackend(held.script) as old, RawBackend(chat_stream("new", 3)) as new:
+        put(path, [row("old", old, max_in_flight=1)])
+        async with proxy(**by_file(path)) as p:
+            await eventually(lambda: names(p) == ["old"], NEWS)
+            first = asyncio.create_task(ask(p), name="first")
+            await eventually(lambda: p.in_flight() == 1)
+            second = asyncio.create_task(ask(p), name="second")
+            await eventually(lambda: p.app.telemetry.metrics.queue_depth == 1)
+            put(path, [row("new", new)])
+            answer = await second
+            assert (answer.complete, answer.header(b"X-Beacon-Backend")) == (True, [b"new"])
+            held.go.set()
+            assert (await first).complete
+            assert len(old.requests) == 1
+            queue = p.app.pipeline._queue
+            assert (queue._wanted, queue._promised, queue._turned_away) == ({}, {}, set())
+
+
+async def test_start_when_no_source_has_answered_says_503_and_ready_says_no(
+    tmp_path: Path,
+) -> None:
+    """Neither 404 for a model that nobody can know of yet, nor a start that waits."""
+    path = tmp_path / "nodes.json"
+    async with RawBackend(chat_stream("hi", 3)) as backend, proxy(**by_file(path)) as p:
+        answer = await ask(p, chat(model="m"))
+        assert (answer.status, answer.header(b"Retry-After")) == (503, [b"5"])
+        assert b"no healthy backend" in answer.body
+        async with RawClient(p.port) as client:
+            assert (await client.ask(request("GET", "/ready"))).status == 503
+        await eventually(lambda: p.events("discovery.failed"), NEWS)
+        put(path, [backend.url])
+        await eventually(lambda: names(p) != [], NEWS)
+        (name,) = names(p)
+        assert name == f"openai-127.0.0.1-{backend.url.rpartition(':')[2]}"
+        async with RawClient(p.port) as client:
+            assert (await client.ask(request("GET", "/ready"))).status == 200
+        assert (await ask(p, chat(model="m", stream=True))).complete
+        assert len(p.events("discovery.failed")) == 1
+        assert len(p.events("discovery.recovered")) == 1
+
+
+async def test_start_when_the_first_answer_is_an_empty_array_says_503(tmp_path: Path) -> None:
+    path = tmp_path / "nodes.json"
+    put(path, [])
+    async with proxy(**by_file(path)) as p:
+        await eventually(lambda: p.app.fleet.unasked == 0, NEWS)
+        assert (await ask(p, chat(model="m"))).status == 503
+        assert p.events("discovery.failed") == []
+
+
+@pytest.mark.parametrize("bad", ['[{"name": "a", "url"', "{}", "null", "", "[1, 2"])
+async def test_file_when_it_is_half_written_keeps_the_last_good_answer(
+    bad: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "nodes.json"
+    async with RawBackend(chat_stream("hi", 3)) as backend:
+        put(path, [row("a", backend)])
+        async with proxy(**by_file(path, interval=60)) as p:
+            await eventually(lambda: names(p) == ["a"], NEWS)
+            path.write_text(bad)
+            await eventually(lambda: p.events("discovery.failed"), NEWS)
+            (failed,) = p.events("discovery.failed")
+            assert (failed["level"], failed["kept"]) == ("warning", 1)
+            assert names(p) == ["a"]
+            assert (await ask(p)).complete
+            put(path, [row("a", backend), row("b", backend)])
+            await eventually(lambda: names(p) == ["a", "b"], NEWS)
+            assert [e["found"] for e in p.events("discovery.recovered")] == [2]
+            path.unlink()
+            await eventually(lambda: len(p.events("discovery.failed")) == 2, NEWS)
+            assert names(p) == ["a", "b"]
+            put(path, [])
+            await eventually(lambda: names(p) == [], NEWS)
+
+
+async def test_file_when_a_link_to_its_folder_is_swung_is_read_anew(tmp_path: Path) -> None:
+    """How Kubernetes changes a mounted ConfigMap."""
+    async with RawBackend(chat_stream("hi", 3)) as backend:
+        for version, name in (("v1", "a"), ("v2", "b")):
+            (tmp_path / version).mkdir()
+            put(tmp_path / version / "nodes.json", [row(name, backend)])
+        (tmp_path / "..data").symlink_to("v1")
+        (tmp_path / "nodes.json").symlink_to("..data/nodes.json")
+        async with proxy(**by_file(tmp_path / "nodes.json", interval=60)) as p:
+            await eventually(lambda: names(p) == ["a"], NEWS)
+            (tmp_path / "..next").symlink_to("v2")
+            os.replace(tmp_path / "..next", tmp_path / "..data")
+            await eventually(lambda: names(p) == ["b"], NEWS)
+
+
+async def test_row_when_it_is_wrong_is_left_out_and_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "nodes.json"
+    async with RawBackend(chat_stream("hi", 3)) as backend:
+        wrong = [
+            row("b", backend, max_in_flight=0),
+            {"name": "c", "url": "ftp://x"},
+            {"name": "d", "url": backend.url, "prize": 1},
+            row("e", backend, provider="nobody"),
+            row("f", backend, api_key="${HOME}"),
+            row("a", backend),
+            7,
+        ]
+        put(path, [row("a", backend), *wrong])
+        async with proxy(**by_file(path), env={"HOME": "secret-home"}) as p:
+            await eventually(lambda: names(p) == ["a", "f"], NEWS)
+            (told,) = p.events("discovery.skipped")
+            assert told["count"] == 6
+            assert told["problems"][0] == "[1].max_in_flight: must be >= 1, got 0"
+            assert "[3].prize: unknown key, did you mean " in told["problems"][2]
+            assert "unknown provider" in told["problems"][3]
+            assert told["problems"][4] == "[6].name: must be unique, got a twice"
+            assert told["problems"][5].startswith("[7].must be a mapping")
+            # What comes from outside stays what it is.
+            assert p.app.fleet.candidates()[1].backend.api_key == "${HOME}"
+            put(path, [row("a", backend), *wrong[:1]])
+            await eventually(lambda: names(p) == ["a"], NEWS)
+            assert len(p.events("discovery.skipped")) == 2
+
+
+async def test_rows_when_the_source_says_what_all_have_take_it_and_their_own_wins(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "nodes.json"
+    usual = {"region": "EU", "api_key": "${KEY}", "max_in_flight": 3, "models": ["m"]}
+    async with RawBackend(chat_stream("hi", 3)) as backend:
+        put(path, [backend.url, row("own", backend, region="asia", api_key=None)])
+        async with proxy(**by_file(path, backend=usual), env={"KEY": "k-123456"}) as p:
+            await eventually(lambda: len(names(p)) == 2, NEWS)
+            one, own = (c.backend for c in p.app.fleet.candidates())
+            assert (one.region, one.api_key, one.max_in_flight) == ("eu-west", "k-123456", 3)
+            assert (own.region, own.api_key, own.max_in_flight) == ("asia-pacific", "", 3)
+            assert one.models == own.models == {"m"}
+            assert (await ask(p, chat(model="unknown"))).status == 404
+
+
+async def test_name_when_it_is_a_configured_ones_the_configured_one_stands(
+    tmp_path: Path,
+) -> None:
+    path, other = tmp_path / "nodes.json", tmp_path / "other.json"
+    async with RawBackend(chat_stream("hi", 3)) as one, RawBackend(chat_stream("hi", 3)) as two:
+        put(path, [row("b0", two), row("x", one)])
+        put(other, [row("x", two), row("y", two)])
+        sources = [*by_file(path)["discovery"], *by_file(other)["discovery"]]
+        async with proxy(one, discovery=sources) as p:
+            await eventually(lambda: set(names(p)) == {"b0", "x", "y"}, NEWS)
+            urls = {c.backend.name: c.backend.url for c in p.app.fleet.candidates()}
+            assert urls == {"b0": one.url, "x": one.url, "y": two.url}
+            await asyncio.sleep(0.2)  # a few more looks
+            assert {tuple(e["names"]) for e in p.events("discovery.clashed")} == {("b0",), ("x",)}
+            assert len(p.events("discovery.clashed")) == 2
+            put(path, [])
+            await eventually(
+                lambda: (
+                    {c.backend.url for c in p.app.fleet.candidates()} == {one.url, two.url}
+                    and set(names(p)) == {"b0", "x", "y"}
+                ),
+                NEWS,
+            )
+
+
+async def test_url_when_it_changes_under_a_name_old_connections_are_not_used_again(
+    tmp_path: Path,
+) -> None:
+    """Another server under the same name: what was learnt, and what is open, is the old one's."""
+    path = tmp_path / "nodes.json"
+    held = Held()
+    async with RawBackend(held.script) as old, RawBackend(chat_stream("new", 3)) as new:
+        put(path, [row("a", old)])
+        async with proxy(**by_file(path)) as p:
+            await eventually(lambda: names(p) == ["a"], NEWS)
+            running = asyncio.create_task(ask(p), name="the stream")
+            await eventually(lambda: p.in_flight() == 1)
+            before = p.app.fleet.candidates()[0].live
+            put(path, [row("a", new)])
+            await eventually(lambda: p.app.fleet.candidates()[0].backend.url == new.url, NEWS)
+            candidate = p.app.fleet.candidates()[0]
+            assert candidate.live is not before
+            assert candidate.backend.joined > 0
+            held.go.set()
+            assert (await running).complete
+            await eventually(lambda: not p.app.fleet.leaving)
+            for _ in range(3):
+                answer = await ask(p)
+                assert b"new" in answer.body
+            assert (len(old.requests), len(new.requests)) == (1, 3)
+
+
+async def test_row_when_its_facts_change_keeps_what_was_learnt(tmp_path: Path) -> None:
+    path = tmp_path / "nodes.json"
+    async with RawBackend(chat_stream("hi", 3)) as backend:
+        put(path, [row("a", backend), row("b", backend)])
+        async with proxy(**by_file(path)) as p:
+            await eventually(lambda: names(p) == ["a", "b"], NEWS)
+            lives = [c.live for c in p.app.fleet.candidates()]
+            put(path, [row("b", backend), row("a", backend, region="eu", price_per_second=0.5)])
+            await eventually(
+                lambda: p.app.fleet.candidates()[0].backend.price_per_second == 0.5, NEWS
+            )
+            assert names(p) == ["a", "b"], "a list that is turned moves nobody"
+            now = p.app.fleet.candidates()
+            assert [c.live for c in now] == lives
+            assert (now[0].backend.region, now[0].backend.joined) == ("eu-west", 0)
+            assert p.events("backend.left") == []
+
+
+async def test_backend_when_it_vanishes_its_idle_connections_close_and_all_forget_it(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "nodes.json"
+    text = request("GET", "/metrics", [("Accept", "text/plain")])
+    async with RawBackend(chat_stream("hi", 3)) as gone, RawBackend(chat_stream("hi", 3)) as kept:
+        put(path, [row("gone", gone), row("kept", kept)])
+        async with proxy(**by_file(path)) as p, RawClient(p.port) as client:
+            await eventually(lambda: len(names(p)) == 2, NEWS)
+            for _ in range(4):
+                assert (await ask(p)).complete
+            assert set(p.app._pool._idle) == {"gone", "kept"}
+            put(path, [row("kept", kept)])
+            await eventually(lambda: names(p) == ["kept"], NEWS)
+            assert set(p.app._pool._idle) == {"kept"}
+            await eventually(lambda: gone.open_connections == 0)
+            assert b'backend="gone"' in (await client.ask(text)).body, "its last numbers, once"
+            assert b'backend="gone"' not in (await client.ask(text)).body
+            health = p.app.pipeline._chain.selects[0].__self__
+            await eventually(lambda: set(health._records) == {"kept"})
+            costs = json.loads((await client.ask(request("GET", "/costs?by=backend"))).body)
+            assert {r["backend"] for r in costs["rows"]} == {"gone", "kept"}, "it was spent"
+
+
+async def test_backend_when_it_joins_is_asked_at_once_what_it_serves(tmp_path: Path) -> None:
+    """Its first free check must not wait for the next round of probes, half a minute away."""
+    path = tmp_path / "nodes.json"
+    put(path, [])
+    async with RawBackend(chat_stream("hi", 3)) as backend, proxy(**by_file(path)) as p:
+        await eventually(lambda: p.app.fleet.unasked == 0, NEWS)
+        put(path, [row("a", backend)])
+        await eventually(lambda: names(p) == ["a"], NEWS)
+        await eventually(lambda: p.app.fleet.candidates()[0].live.last_check > 0, NEWS)
+        assert p.app.fleet.candidates()[0].backend.joined > 0
+
+
+async def test_backend_when_it_comes_back_before_it_is_empty_has_its_past(tmp_path: Path) -> None:
+    held, path = Held(), tmp_path / "nodes.json"
+    async with RawBackend(held.script) as backend:
+        put(path, [row("a", backend)])
+        async with proxy(**by_file(path)) as p:
+            await eventually(lambda: names(p) == ["a"], NEWS)
+            live = p.app.fleet.candidates()[0].live
+            running = asyncio.create_task(ask(p), name="the stream")
+            await eventually(lambda: p.in_flight() == 1)
+            put(path, [])
+            await eventually(lambda: names(p) == [], NEWS)
+            put(path, [row("a", backend)])
+            await eventually(lambda: names(p) == ["a"], NEWS)
+            back = p.app.fleet.candidates()[0]
+            assert (back.live is live, back.live.in_flight, back.backend.joined) == (True, 1, 0)
+            assert p.app.fleet.leaving == []
+            held.go.set()
+            assert (await running).complete
