@@ -119,9 +119,7 @@ class Settings(Section):
         return [f"{path}: accepted, but this version does not act on it yet" for path in paths]
 
 
-_LATER_IN_BACKENDS = (
-    "price_per_million_tokens",
-)
+_LATER_IN_BACKENDS = ("price_per_million_tokens",)
 
 
 def _default(model: type[BaseModel], key: str) -> Any:
