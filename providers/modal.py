@@ -68,7 +68,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 5.0  # s, the bounds of the first backoff and 
 _PLAIN_HOPS = 4  # results in a row that are asked for at once; the edge takes 150 s for each
 _LOST_MOST = 5  # times in a row that a result may be called expired
 _ASK_AGAIN = 3600.0  # s between two checks that reach the app
-_CHECK_TIME = 4.0  # s; less than the core's own limit, which would be a strike
+_CHECK_TIME = 3.0  # s; less than health gives a check, whose end would be a strike
 _DAY = 86_400.0  # s
 
 # status, words of the edge: what it means. The first that fits is taken.

@@ -114,13 +114,13 @@ async def test_probes_when_traffic_keeps_it_warm_ask_once_and_let_it_go_cold() -
     """A probe each 30 s would keep a GPU for ever: none renews what is believed of it."""
     edge = Server(DOCUMENT)
     async with edge:
-        row = {"provider": "modal", "url": edge.url, "stays_warm": 0.4}
+        row = {"provider": "modal", "url": edge.url, "stays_warm": 1.0}
         async with proxy(row, middleware=chain(probe_interval=0.02)) as p:
             async with RawClient(p.port) as client:
                 assert (await client.ask(chat(), "POST")).status == 200
             assert warmth(p) == "warm"
             await eventually(lambda: edge.backend.probes == 1)
-            await eventually(lambda: warmth(p) == "cold")
+            await eventually(lambda: warmth(p) == "cold", 5.0)
             await asyncio.sleep(0.1)
     assert edge.backend.probes == 1
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from beacon_proxy.api import inference
+
 from .kit import (
     LAST_CHUNK,
     SSE_HEAD,
@@ -121,9 +123,27 @@ async def test_server_when_another_is_starting_too_waits_where_it_is() -> None:
     assert other.backend.requests == []
 
 
+async def test_server_when_asked_by_inference_leaves_half_of_the_time_for_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The half counts from the first request on, not anew with each; and it is no strike."""
+    monkeypatch.setattr(inference, "ANSWER_WITHIN", 2.0)
+    body = json.dumps({"model": "m", "prompt": "Hi", "cost_priority": True}).encode()
+    edge, other = Server(READY, needs=None), Server(READY)  # of which nobody knows that it is warm
+    async with edge, other:
+        rows = row(edge, price_per_second=0), row(other, name="far", price_per_second=1)
+        async with proxy(*rows) as p:
+            got = await ask(p, request("POST", "/inference", body=body))
+            (done,) = await p.exchanges(1)
+            assert unspoilt(p)
+    assert (got.json["success"], got.json["provider_used"]) == (True, "far")
+    assert [each["fault"] for each in done["attempts"]] == ["loading", None]
+    assert done["duration_s"] < 2.0
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["document", "stream"])
 async def test_server_when_the_limit_of_a_cold_start_passes_gives_its_own_503(stream: bool) -> None:
-    limits = {"first_content": 0.2, "document": 5, "cold_start": 0.8}
+    limits = {"first_content": 0.2, "document": 5, "cold_start": 1.5}
     edge = Server(READY, needs=None)
     async with edge, proxy(row(edge, timeouts=limits)) as p:
         got = await ask(p, chat(stream=stream))
@@ -131,7 +151,7 @@ async def test_server_when_the_limit_of_a_cold_start_passes_gives_its_own_503(st
         assert unspoilt(p)
     assert got.status == 503
     assert done["attempts"][0]["fault"] == "loading"
-    assert 1 < edge.refused <= 4
+    assert 1 < edge.refused <= 6
 
 
 async def test_server_when_the_deadline_would_pass_asks_no_more() -> None:
