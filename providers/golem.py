@@ -91,7 +91,7 @@ class Golem:
 
     def fields(self, backend: Backend, exchange: Exchange) -> Headers:
         """Ask yagna for a stream where the client asked for one, and only there."""
-        if not _is_yagna(backend):
+        if not backend.base_path or not _is_yagna(backend):
             return ()
         if exchange.stream:
             return ((b"Accept", _BYTES if _streams_lines(backend, exchange) else _EVENTS),)
@@ -218,7 +218,7 @@ def _lists(answer: Answer, key: str) -> bool:
 
 
 def _is_yagna(backend: Backend) -> bool:
-    return bool(backend.base_path) and _YAGNA.search(backend.base_path) is not None
+    return _YAGNA.search(backend.base_path) is not None
 
 
 def _is_by_yagna(body: bytes) -> bool:

@@ -140,7 +140,7 @@ class RunPod:
         """Whether a 404 says that `auto` took a plain queue for one with an OpenAI route."""
         if backend.kind != "auto" or not _speaks_openai(backend) or self.carries(backend):
             return False
-        return load(body) == NOT_FOUND
+        return bool(load(body) == NOT_FOUND)
 
     async def check(self, backend: Backend, session: aiohttp.ClientSession) -> Check | None:
         url = _health_url(backend)

@@ -191,6 +191,9 @@ def document(urls: list[str], middleware: tuple[dict[str, Any], ...] = ()) -> di
         {"name": f"b{number}", "provider": provider, "url": url, "region": region}
         for number, (url, (provider, region)) in enumerate(zip(urls, PLACES, strict=True))
     ]
+    for row in rows:
+        if row["provider"] == "golem":
+            row["kind"] = "openai"  # else it is asked what it is, beside the work that is counted
     chosen: dict[str, Any] = {"server": {"host": "127.0.0.1", "port": 0}, "backends": rows}
     if middleware:
         default = ("health", "region", "cost", "capacity", "failover")

@@ -88,7 +88,7 @@ class Load:
             if got.target == b"/v1/models":
                 await conn.send(MODELS)
                 self.probed += 1
-            elif got.method == "GET" or got.method == "GET":
+            elif got.method == "GET":
                 await conn.send(json_bytes({}, 404))
             elif got.json["stream"]:
                 await self._stream(conn, got.json["max_tokens"])
