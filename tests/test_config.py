@@ -235,6 +235,19 @@ def test_backends_when_there_is_none_says_how_to_add_one(text: str) -> None:
     assert "CLOUD_URL" in line
 
 
+@pytest.mark.parametrize("backends", ["", "backends: []\n", "backends:\n"])
+def test_backends_when_discovery_will_find_them_need_not_be_there(backends: str) -> None:
+    settings = load(f"{backends}discovery: [{{provider: cloud, file: nodes.json}}]")
+    assert settings.backends == []
+    assert settings.warnings == []
+    assert resolve_backends(settings, FAKES) == ()
+
+
+def test_discovery_when_the_environment_gives_backends_has_them_beside() -> None:
+    settings = load("discovery: [{provider: cloud, file: n}]", {"CLOUD_URL": "http://c"})
+    assert len(settings.backends) == 1
+
+
 def test_environment_of_the_deployment_when_all_is_set_gives_a_backend_each() -> None:
     env = {
         "GOLEM_PROVIDER_ENDPOINTS": "http://10.0.0.1:11434,http://10.0.0.2:11434|eu",

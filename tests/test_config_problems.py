@@ -99,6 +99,29 @@ SECTION_PROBLEMS = [
         'discovery[0].provider: unknown provider "x"; ',
     ),
     ("discovery: [{provider: cloud, dns: y, interval: 0}]", "discovery[0].interval: must be > 0"),
+    ("discovery: [{provider: cloud, dns: y, timeout: 0}]", "discovery[0].timeout: must be > 0"),
+    ("discovery: [{provider: cloud, dns: 'a b'}]", "discovery[0].dns: must be a domain name, got"),
+    ("discovery: [{provider: cloud, dns: y, port: 0}]", "discovery[0].port: must be >= 1, got 0"),
+    (
+        "discovery: [{provider: cloud, dns: y, resolver: dns.example}]",
+        "discovery[0].resolver: must be an IP address, with :port if that is not 53, got",
+    ),
+    (
+        "discovery: [{provider: cloud, file: y, port: 80, scheme: https}]",
+        "discovery[0]: has scheme, port, which only dns uses",
+    ),
+    (
+        "discovery: [{provider: cloud, file: y, backend: {max_in_flite: 1}}]",
+        "discovery[0].backend.max_in_flite: unknown key, did you mean max_in_flight?",
+    ),
+    (
+        "discovery: [{provider: cloud, file: y, backend: {url: 'http://h'}}]",
+        "discovery[0].backend.url: unknown key",
+    ),
+    (
+        "discovery: [{provider: cloud, file: y, backend: {kind: square}}]",
+        "discovery[0].backend.kind: must be one of ",
+    ),
     ("ledger: {flush_interval: 0}", "ledger.flush_interval: must be > 0, got 0"),
     ("budgets: [{name: b, per: week, usd: 1}]", "budgets[0].per: must be minute, hour, day or mon"),
     ("budgets: [{name: b, per: day, usd: -1}]", "budgets[0].usd: must be >= 0, got -1"),

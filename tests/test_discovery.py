@@ -8,8 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from .kit import (
     LAST_CHUNK,
     SSE_HEAD,
@@ -17,6 +15,7 @@ from .kit import (
     Proxy,
     RawBackend,
     RawClient,
+    blackhole,
     chat,
     chat_events,
     chat_stream,
@@ -25,6 +24,7 @@ from .kit import (
     proxy,
     request,
 )
+from .kit_dns import Zone
 
 NEWS = 5.0  # s until a change must have been noticed, on a busy machine
 
@@ -157,16 +157,14 @@ async def test_start_when_the_first_answer_is_an_empty_array_says_503(tmp_path: 
         assert p.events("discovery.failed") == []
 
 
-@pytest.mark.parametrize("bad", ['[{"name": "a", "url"', "{}", "null", "", "[1, 2"])
-async def test_file_when_it_is_half_written_keeps_the_last_good_answer(
-    bad: str, tmp_path: Path
-) -> None:
+async def test_file_when_it_is_half_written_keeps_the_last_good_answer(tmp_path: Path) -> None:
+    """Its change is seen by its stamp: the next look would be a minute away."""
     path = tmp_path / "nodes.json"
     async with RawBackend(chat_stream("hi", 3)) as backend:
         put(path, [row("a", backend)])
         async with proxy(**by_file(path, interval=60)) as p:
             await eventually(lambda: names(p) == ["a"], NEWS)
-            path.write_text(bad)
+            path.write_text('[{"name": "a", "url"')
             await eventually(lambda: p.events("discovery.failed"), NEWS)
             (failed,) = p.events("discovery.failed")
             assert (failed["level"], failed["kept"]) == ("warning", 1)
@@ -366,3 +364,111 @@ async def test_backend_when_it_comes_back_before_it_is_empty_has_its_past(tmp_pa
             assert p.app.fleet.leaving == []
             held.go.set()
             assert (await running).complete
+
+
+# The DNS and URLs, through the whole proxy
+
+
+async def test_dns_when_the_srv_records_change_the_fleet_follows(tmp_path: Path) -> None:
+    name = "_beacon._tcp.example"
+    async with RawBackend(chat_stream("one", 3)) as one, RawBackend(chat_stream("two", 3)) as two:
+        records = {
+            (name, "SRV"): [f"0 0 {one.port} n.example."],
+            ("n.example", "A"): ["127.0.0.1"],
+        }
+        async with Zone(records) as zone:
+            dns = {"provider": "golem", "dns": name, "resolver": zone.address, "interval": 0.05}
+            dns["backend"] = {"region": "eu"}
+            async with proxy(discovery=[dns]) as p:
+                await eventually(lambda: names(p) == [f"golem-127.0.0.1-{one.port}"], NEWS)
+                answer = await ask(p)
+                assert (answer.complete, b"one" in answer.body) == (True, True)
+                assert answer.header(b"X-Beacon-Region") == [b"eu-west"]
+                zone.rcodes[name] = "SERVFAIL"
+                await eventually(lambda: p.events("discovery.failed"), NEWS)
+                assert (await ask(p)).complete
+                zone.rcodes.clear()
+                zone.records[name, "SRV"] = [f"0 0 {two.port} n.example."]
+                await eventually(lambda: names(p) == [f"golem-127.0.0.1-{two.port}"], NEWS)
+                assert b"two" in (await ask(p)).body
+                (failed,) = p.events("discovery.failed")
+                assert failed["source"] == f"discovery[0] (dns {name})"
+                assert "SERVFAIL" in failed["error"]
+
+
+async def test_source_when_it_hangs_delays_neither_the_start_nor_another(tmp_path: Path) -> None:
+    path = tmp_path / "nodes.json"
+    async with blackhole() as port, RawBackend(chat_stream("hi", 3)) as backend:
+        put(path, [row("a", backend)])
+        hangs = {"provider": "openai", "url": f"http://127.0.0.1:{port}/?token=t0ps3cret"}
+        sources = [{**hangs, "timeout": 0.3, "interval": 0.05}, *by_file(path)["discovery"]]
+        async with proxy(discovery=sources) as p:
+            await eventually(lambda: names(p) == ["a"], NEWS)
+            assert (await ask(p)).complete
+            await eventually(lambda: p.events("discovery.failed"), NEWS)
+            await asyncio.sleep(0.5)
+            assert len(p.events("discovery.failed")) == 1, "once until it recovers"
+            assert p.events("discovery.failed")[0]["error"] == "no answer within 0.3 s"
+            assert "t0ps3cret" not in repr(p.log)
+
+
+async def test_url_when_it_fails_after_an_answer_keeps_it_until_the_next(tmp_path: Path) -> None:
+    answers = {"body": b"[]", "status": b"200 OK"}
+
+    async def listed(conn: BackendConn) -> None:
+        while await conn.request() is not None:
+            body = answers["body"]
+            head = b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n" % (answers["status"], len(body))
+            await conn.send(head + body)
+
+    async with RawBackend(listed) as source, RawBackend(chat_stream("hi", 3)) as backend:
+        answers["body"] = json.dumps([row("a", backend)]).encode()
+        web = {"provider": "openai", "url": f"{source.url}/nodes", "interval": 0.05}
+        async with proxy(discovery=[web]) as p:
+            await eventually(lambda: names(p) == ["a"], NEWS)
+            for status, body in ((b"500 Oops", b"[]"), (b"200 OK", b"<html>")):
+                answers["status"], answers["body"] = status, body
+                failures = len(p.events("discovery.failed"))
+                await eventually(lambda n=failures: len(p.events("discovery.failed")) > n, NEWS)
+                assert names(p) == ["a"]
+                assert (await ask(p)).complete
+                answers["status"] = b"200 OK"
+                answers["body"] = json.dumps([row("a", backend)]).encode()
+                recovered = len(p.events("discovery.recovered"))
+                await eventually(lambda n=recovered: len(p.events("discovery.recovered")) > n, NEWS)
+            answers["body"] = b"[]"
+            await eventually(lambda: names(p) == [], NEWS)
+
+
+async def test_newcomer_when_the_proxy_runs_gets_its_room_little_by_little(
+    tmp_path: Path,
+) -> None:
+    """Two requests at once: the second finds no room on a backend that has only just joined."""
+    held, path = Held(), tmp_path / "nodes.json"
+    chain = ["cost", {"capacity": {"slow_start": 3600, "queue_timeout": 0}}, "failover"]
+    put(path, [])
+    async with RawBackend(held.script) as backend, proxy(middleware=chain, **by_file(path)) as p:
+        await eventually(lambda: p.app.fleet.unasked == 0, NEWS)
+        put(path, [row("a", backend)])
+        await eventually(lambda: names(p) == ["a"], NEWS)
+        first = asyncio.create_task(ask(p), name="first")
+        await eventually(lambda: p.in_flight() == 1)
+        assert (await ask(p)).status == 503
+        held.go.set()
+        assert (await first).complete
+
+
+async def test_events_of_a_source_are_not_shown_to_who_listens_on_ws(tmp_path: Path) -> None:
+    path = tmp_path / "nodes.json"
+    put(path, [])
+    async with proxy(**by_file(path)) as p:
+        await eventually(lambda: p.app.fleet.unasked == 0, NEWS)
+        listener = p.app.telemetry.subscribe()
+        put(path, [{"name": "x", "url": "ftp://secret-host"}])
+        await eventually(lambda: p.events("discovery.skipped"), NEWS)
+        put(path, "{")
+        await eventually(lambda: p.events("discovery.failed"), NEWS)
+        shown = [await listener.get() for _ in range(2)]
+        assert [event for event, _ in shown] == ["discovery.skipped", "discovery.failed"]
+        assert str(path) not in repr(shown)
+        assert "secret-host" not in repr(shown)

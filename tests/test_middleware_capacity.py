@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -119,3 +120,37 @@ def test_permits_whatever_the_order_never_exceed_and_return_to_zero(
     for _, permit in held:
         permit.release()
     assert all(capacity.in_flight(each.name) == 0 for each in backends)
+
+
+# Slow start
+
+
+def test_slow_start_when_a_backend_joins_its_room_grows_evenly_to_the_whole() -> None:
+    clock = [1000.0]
+    capacity = Capacity(slow_start=30.0, clock=lambda: clock[0])
+    joined = replace(backend(max_in_flight=7), joined=1000.0)
+    rooms = []
+    for clock[0] in (1000.0, 1004.9, 1005.0, 1015.0, 1029.9, 1030.0, 9000.0):
+        permits = []
+        while (permit := capacity.admit(EXCHANGE, joined)) is not None:
+            permits.append(permit)
+        rooms.append(len(permits))
+        for permit in permits:
+            permit.release()
+    assert rooms == [1, 1, 2, 4, 6, 7, 7]
+    assert capacity.in_flight("b") == 0
+
+
+@pytest.mark.parametrize(("slow_start", "joined"), [(0.0, 1000.0), (30.0, 0.0)])
+def test_slow_start_when_it_is_off_or_the_backend_was_there_gives_all_room(
+    slow_start: float, joined: float
+) -> None:
+    capacity = Capacity(slow_start=slow_start, clock=lambda: 1000.0)
+    here = replace(backend(max_in_flight=3), joined=joined)
+    assert sum(capacity.admit(EXCHANGE, here) is not None for _ in range(9)) == 3
+
+
+@pytest.mark.parametrize("slow_start", [-1.0, math.inf, math.nan])
+def test_slow_start_when_it_is_no_time_is_refused(slow_start: float) -> None:
+    with pytest.raises(ValueError, match="slow_start: must be >= 0 and finite"):
+        Capacity(slow_start=slow_start)

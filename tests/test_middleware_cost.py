@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -464,3 +465,28 @@ def test_options_when_wrong_are_named(options: dict[str, Any], message: str) -> 
 def test_blend_options_when_wrong_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         Blend(**options)
+
+
+# Newcomers
+
+
+def test_cost_when_a_newcomer_starts_where_its_peers_are_the_load_is_shared_at_once() -> None:
+    old, new = (replace(GOLEM, name=name) for name in ("old", "new"))
+    scene = Scene(old, new)
+    for each in (old, new):
+        scene.live(each).picked = 500
+    picked = Counter()
+    for _ in range(10):
+        begun = scene.begin(cost_priority=True)
+        picked[begun[1].name] += 1
+        scene.end(begun)
+    assert picked == {"old": 5, "new": 5}
+
+
+def test_latency_when_a_newcomer_was_given_its_peers_picks_it_is_still_untried() -> None:
+    """On a host that has just booted: the monotonic clock is near zero, so nothing has faded."""
+    scene = Scene(GOLEM, MODAL)
+    scene.now = 1.0
+    scene.live(GOLEM).latency, scene.live(GOLEM).last_used = 0.2, 1.0
+    scene.live(GOLEM).picked = scene.live(MODAL).picked = 500
+    assert scene.order(False) == ["modal", "golem"]

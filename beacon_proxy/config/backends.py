@@ -180,8 +180,8 @@ def split_resolver(value: str) -> tuple[str, int]:
     """
     host, port = value, "53"
     if value.startswith("["):
-        host, _, rest = value[1:].partition("]")
-        port = rest.removeprefix(":") if rest else port
+        host, closed, rest = value[1:].partition("]")
+        port = rest.removeprefix(":") if rest or not closed else port
     elif value.count(":") == 1:
         host, _, port = value.partition(":")
     try:

@@ -69,22 +69,23 @@ def _stamp_of(path: str) -> _Stamp | None:
 
 def _read(path: str) -> tuple[_Stamp | None, list[Any] | NoAnswer]:
     """The stamp of a file, taken before it is read, and the answer in it or why there is none."""
+    seen: _Stamp | None = None
     try:
         # Else the open of a pipe would wait for its other end.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as exc:
-        return None, NoAnswer(f"cannot be read: {getattr(exc, 'strerror', exc)}")
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        seen = _stamp(status)
         try:
+            status = os.fstat(descriptor)
+            seen = _stamp(status)
             if not stat.S_ISREG(status.st_mode):
                 raise NoAnswer("is no regular file")
-            data = file.read(SIZE_MOST + 1)
-            if len(data) > SIZE_MOST:
-                raise NoAnswer(f"is longer than {SIZE_MOST} bytes")
-            return seen, parsed(data)
-        except OSError as exc:
-            return seen, NoAnswer(f"cannot be read: {exc.strerror}")
-        except NoAnswer as exc:
-            return seen, exc.with_traceback(None)
+            with open(descriptor, "rb", closefd=False) as file:
+                data = file.read(SIZE_MOST + 1)
+        finally:
+            os.close(descriptor)
+        if len(data) > SIZE_MOST:
+            raise NoAnswer(f"is longer than {SIZE_MOST} bytes")
+        return seen, parsed(data)
+    except NoAnswer as exc:
+        return seen, exc.with_traceback(None)
+    except (OSError, ValueError) as exc:  # a path may hold what no path can
+        return seen, NoAnswer(f"cannot be read: {getattr(exc, 'strerror', exc)}")

@@ -148,7 +148,10 @@ class Attempt:
     ) -> None:
         """Send one request; its limits count from `since` (monotonic s), or from now."""
         exchange = self._exchange
-        connection = self._wire.pool.take(self.backend) if exchange.may_repeat else None
+        pool, connection = self._wire.pool, None
+        # By the time of a hop another server may have the backend's name, and its idle connections.
+        if exchange.may_repeat and (since is None or pool.keeps(self.backend)):
+            connection = pool.take(self.backend)
         while True:
             fresh = connection is None
             if connection is None:
