@@ -395,13 +395,13 @@ async def test_spelling_when_the_backend_tells_its_own_goes_before_the_configure
     server = Ollama("llama3.2:1b", "other:1b")
     async with (
         server.backend() as backend,
-        proxy({"url": backend, "models": ["Llama3.2-1b"]}) as p,
+        proxy({"url": backend, "models": ["Llama3.2-1b", "Later:7b"]}) as p,
     ):
         await eventually(lambda: p.app.fleet.candidates()[0].live.models is not None)
         for model in ("llama3.2:1b", "llama3.2-1b", "LLAMA3.2:1b"):
             assert (await ask(p, chat_for(model))).status == 200
         assert (await ask(p, chat_for("other:1b"))).status == 404, "not configured"
-        assert await names(p) == {"llama3.2:1b"}
+        assert await names(p) == {"llama3.2:1b", "Later:7b"}
     assert server.asked == ["llama3.2:1b"] * 3
 
 
