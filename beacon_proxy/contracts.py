@@ -651,7 +651,8 @@ class Provider(Protocol):
     backends may take to start) and `stays_warm` (s after an answer that they surely stay warm), and
     `scales`: where it is true, a request beside others may meet a worker that has yet to start, so
     that the limits of a cold start hold for it, however warm the backend is. `control_schemes` are
-    those of a `control_url` that it understands, where they are not http and https.
+    those of a `control_url` that it understands, where they are not http and https. Without
+    `reads_session` being true, `Exchange.session` may stay None.
     """
 
     name: str

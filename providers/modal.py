@@ -95,6 +95,7 @@ class Modal:
     environment: tuple[str, ...] = (_BASE, _TOKEN)
     control_schemes: tuple[str, ...] = ("modal",)
     cold_start = 600.0  # s
+    reads_session = True
     stays_warm = 60.0  # s, Modal's default scaledown window
     scales = True
 

@@ -311,7 +311,7 @@ async def test_function_when_the_client_leaves_between_two_hops_nothing_more_is_
         pytest.param(
             said(400, BAD_REDIRECT), 400, "REQUEST_REJECTED", False, "status", False, id="redirect"
         ),
-        pytest.param(said(503, b""), 503, "RATE_LIMITED", True, "busy", False, id="503"),
+        pytest.param(said(503, b""), 503, "PROVIDER_BUSY", True, "busy", False, id="503"),
     ],
 )
 async def test_edge_when_it_refuses_says_so_to_client_and_inference_alike(

@@ -276,6 +276,7 @@ class Affine(OpenAI):
     """A provider that tells its backends which conversation a request belongs to."""
 
     name = "affine"
+    reads_session = True
 
     def fields(self, backend: Backend, exchange: Exchange) -> Headers:
         return ((b"X-Told", exchange.session.encode()),) if exchange.session else ()

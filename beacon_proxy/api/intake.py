@@ -13,7 +13,7 @@ from ..contracts import Exchange, Headers
 from ..errors import BadRequest
 from ..regions import canonical_region
 from ..wire.dialects import INFERENCE_ROUTES, Route
-from ..wire.headers import RequestHead, find
+from ..wire.headers import RequestHead
 from ..wire.rename import LOOK_CAP, members, value
 from ..wire.upload import Upload
 
@@ -22,6 +22,7 @@ LONGEST = 86_400.0  # s; a longer deadline is none
 _BAD_TARGET = re.compile(rb"[\x00-\x20\x7f#]")
 _ABSOLUTE = re.compile(rb"https?://(?:[^/?#@]*@)?([^/?#]*)", re.IGNORECASE)
 _SESSION_FIELDS = (b"modal-session-id", b"x-session-id")
+_SESSION_LENGTHS = frozenset(map(len, _SESSION_FIELDS))
 _SESSIONS = ("prompt_cache_key", "session_id", "user")
 _READ = ("model", "stream", *_SESSIONS, "metadata")
 _SESSION_LONGEST = 1024  # characters; a longer one is no name
@@ -128,16 +129,20 @@ def look(exchange: Exchange, route: Route | None, upload: Upload, sessions: bool
 
 def session_of(headers: Headers) -> str | None:
     """What the client calls its conversation, where it says so in a field."""
-    for name in _SESSION_FIELDS:
-        if said := _session((find(headers, name) or b"").decode("latin-1").strip()):
-            return said
-    return None
+    said: str | None = None
+    for name, value in headers:
+        # The length tells apart nearly all others, for less than their lower case costs.
+        if len(name) in _SESSION_LENGTHS and name.lower() in _SESSION_FIELDS:
+            found = _session(value.decode("latin-1").strip())
+            if found is not None and (said is None or name.lower() == _SESSION_FIELDS[0]):
+                said = found
+    return said
 
 
 def _session_in(document: Mapping[str, Any]) -> str | None:
     """The same of a JSON body: OpenAI's names, what others took over, then Anthropic's."""
     for name in _SESSIONS:
-        if said := _session(document.get(name)):
+        if name in document and (said := _session(document[name])):
             return said
     metadata = document.get("metadata")
     return _session(metadata.get("user_id")) if isinstance(metadata, Mapping) else None

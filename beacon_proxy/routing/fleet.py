@@ -72,7 +72,7 @@ class Fleet:
         now: its clock.
         providers: by the name that a backend gives as its own; hooks: likewise.
         choosy: some provider's backends cannot take every request.
-        reads_sessions: some provider may put what the client calls its conversation into a field.
+        reads_sessions: some provider wants to know what the client calls its conversation.
         has_totals: some backend limits the whole time of an exchange.
         leaving: rows that left and whose exchanges still run.
         unasked: sources of backends that have not answered yet.
@@ -353,7 +353,9 @@ class Fleet:
         self._named = {backend.name: backend for backend, _ in self._rows}
         used = {backend.provider for backend, _ in self._rows} & self.hooks.keys()
         self.choosy = any(self.hooks[name].takes is not None for name in used)
-        self.reads_sessions = any(self.hooks[name].fields is not None for name in used)
+        self.reads_sessions = any(
+            getattr(self.providers[name], "reads_session", False) for name in used
+        )
         self.has_totals = any(backend.timeouts.total for backend, _ in self._rows)
         self._rent_ends = self._next_end_of_rent()
 
