@@ -130,10 +130,10 @@ def look(exchange: Exchange, route: Route | None, upload: Upload, sessions: bool
 def session_of(headers: Headers) -> str | None:
     """What the client calls its conversation, where it says so in a field."""
     said: str | None = None
-    for name, value in headers:
+    for name, text in headers:
         # The length tells apart nearly all others, for less than their lower case costs.
         if len(name) in _SESSION_LENGTHS and name.lower() in _SESSION_FIELDS:
-            found = _session(value.decode("latin-1").strip())
+            found = _session(text.decode("latin-1").strip())
             if found is not None and (said is None or name.lower() == _SESSION_FIELDS[0]):
                 said = found
     return said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 from time import monotonic
@@ -13,8 +12,6 @@ from ..contracts import (
     Candidate,
     Exchange,
     Fault,
-    Headers,
-    Hop,
     Outcome,
     Provider,
     Stage,
@@ -22,7 +19,7 @@ from ..contracts import (
     Warmth,
 )
 from ..errors import ProxyError, UpstreamError
-from ..wire.answer import Answer, Flow
+from ..wire.answer import Answer
 from ..wire.carried import Carried, Carriers
 from ..wire.connection import Connection
 from ..wire.dialects import Shape
@@ -31,21 +28,14 @@ from ..wire.rename import Renaming
 from ..wire.request import Outgoing, Source
 from ..wire.upload import ClientGone, Upload
 from ..wire.wheel import Wheel
-from .fleet import WARMING_TIME
+from .carry import carry_by
 from .hooks import NO_HOOKS, Hooks
 from .judge import Judgement, of_fault
 
 # Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
 _NEUTRAL, _STRIKE = Verdict.NEUTRAL, Verdict.STRIKE
 _DEADLINE, _CONNECT = Fault.DEADLINE, Stage.CONNECT
-_WARM, _UNKNOWN, _WARMING = Warmth.WARM, Warmth.UNKNOWN, Warmth.WARMING
-
-HOPS_MOST = 1000  # of one attempt; the limits of time end it sooner
-BROKEN_MOST = 3  # connections in a row that break while the result of a hop is waited for
-_CUT = (Fault.CLOSED, Fault.RESET)
-
-
-AskHop = Callable[[Backend, int, Headers, bytes, bytes, int], Hop | None]
+_WARM, _UNKNOWN = Warmth.WARM, Warmth.UNKNOWN
 
 
 @dataclass(slots=True)
@@ -64,27 +54,29 @@ class Attempt:
     Attributes:
         answer: as far as it came.
         error: why there is none; or a fault of the client's own request, to be told to it.
+        flow: what is under the answer, for back-pressure.
         last: the judgement of it.
+        patience: its limits, by how warm the backend is.
     """
 
     __slots__ = (
-        "_connection",
-        "_exchange",
-        "_hooks",
-        "_patience",
-        "_provider",
         "_upload_of",
         "_uploading",
         "_was",
-        "_wire",
         "answer",
         "backend",
         "candidate",
         "error",
+        "exchange",
+        "flow",
+        "hooks",
         "last",
         "number",
+        "patience",
+        "provider",
         "sent",
         "started",
+        "wire",
     )
 
     def __init__(
@@ -95,11 +87,11 @@ class Attempt:
         provider: Provider,
         hooks: Hooks = NO_HOOKS,
     ) -> None:
-        self._wire = wire
-        self._exchange = exchange
-        self._provider = provider
-        self._hooks = hooks
-        self._connection: Connection | Carried | None = None
+        self.wire = wire
+        self.exchange = exchange
+        self.provider = provider
+        self.hooks = hooks
+        self.flow: Connection | Carried | None = None
         self._uploading: asyncio.Task[None] | None = None
         self._upload_of: Upload | None = None
         self.candidate = candidate
@@ -111,13 +103,13 @@ class Attempt:
         self.number = len(exchange.attempts) + 1
         self.started = now = monotonic()
         backend = candidate.backend
-        self._patience = backend.timeouts
+        self.patience = backend.timeouts
         self._was = candidate.live.warmth_at(now)
         cold = backend.cold_timeouts
         if cold is not None:
             beside_others = hooks.scales and candidate.live.in_flight > 0
             if self._was is not _WARM or beside_others:
-                self._patience = cold
+                self.patience = cold
 
     async def open(self, source: Source, *, lone: bool) -> None:
         """Return when the answer can be judged, or `error` says why there is none.
@@ -127,18 +119,18 @@ class Attempt:
         is never put on an idle connection.
         """
         self._upload_of = source.upload
-        hooks = self._hooks
+        hooks = self.hooks
         if hooks.carry is not None and hooks.carries is not None and hooks.carries(self.backend):
-            await self._carry(source, lone)
+            await carry_by(hooks.carry, self, source, lone)
             return
         try:
-            outgoing = source.outgoing(self.candidate, self._provider, hooks.fields)
+            outgoing = source.outgoing(self.candidate, self.provider, hooks.fields)
         except ProxyError as exc:
             self.error = exc.with_traceback(None)
             return
-        await self._ask(outgoing, source.upload, source.upgrade, lone)
+        await self.ask(outgoing, source.upload, source.upgrade, lone)
 
-    async def _ask(
+    async def ask(
         self,
         outgoing: Outgoing,
         upload: Upload | None,
@@ -147,8 +139,8 @@ class Attempt:
         since: float | None = None,
     ) -> None:
         """Send one request; its limits count from `since` (monotonic s), or from now."""
-        exchange = self._exchange
-        pool, connection = self._wire.pool, None
+        exchange = self.exchange
+        pool, connection = self.wire.pool, None
         # By the time of a hop another server may have the backend's name, and its idle connections.
         if exchange.may_repeat and (since is None or pool.keeps(self.backend)):
             connection = pool.take(self.backend)
@@ -162,141 +154,42 @@ class Attempt:
                     return
             answer = self._send(connection, outgoing, upload, upgrade, lone)
             if since is not None:
-                answer.relax(self._patience, since)
+                answer.relax(self.patience, since)
             while not answer.decided:
                 await answer.next_step()
             if answer.fault is None:
                 return
-            stale = answer.fault in _CUT and not connection.answered
-            if fresh or not stale or not _can_repeat(upload):
+            stale = answer.cut_short and not connection.answered
+            if fresh or not stale or not can_repeat(upload):
                 return
             self._stop_upload()
             connection = None
 
-    async def follow(
-        self, source: Source, ask_hop: AskHop, lone: bool, warm_elsewhere: Callable[[], bool]
-    ) -> None:
-        """Go where, or ask again when, the answer says that the real one is to be had.
+    @property
+    def may_ask_again(self) -> bool:
+        """Whether the same request may be sent to the same backend once more."""
+        return self.exchange.may_repeat and can_repeat(self._upload_of)
 
-        The limits count from the first request: to a client it is all one wait. What is being
-        computed behind a result's address is asked for again where a connection breaks, for
-        another backend would do the same paid work a second time.
-        """
-        exchange, backend = self._exchange, self.backend
-        first = self.answer.sent_at if self.answer is not None else self.started
-        asked: bytes | None = None  # the result's address, once it is known
-        broken = hops = status = 0
-        for _ in range(HOPS_MOST):
-            answer = self.answer
-            if self.error is not None or answer is None or answer.fault is not None:
-                cut = self.error is not None or (answer is not None and answer.fault in _CUT)
-                if asked is None or not cut or broken == BROKEN_MOST:
-                    return
-                broken += 1
-                hop: Hop | None = Hop(asked, 0.1 * 4**broken)
-            else:
-                broken = 0
-                head = answer.head
-                if head is None or head.status < 300:
-                    return
-                hops = hops + 1 if head.status == status else 0
-                status, body, target = head.status, answer.body(), asked or exchange.target
-                hop = ask_hop(backend, head.status, head.headers, body, target, hops)
-            if hop is None:
-                return
-            again = hop.target is None
-            if again:
-                self._note_warming()
-                if not self._may_ask_again(source.upload) or warm_elsewhere():
-                    return
-            self._patience = backend.cold_timeouts or backend.timeouts
-            if monotonic() + hop.delay >= self._ends(first, lone, again):
-                if not again:
-                    self._let_go()
-                    self.error = self._out_of_time()
-                return
-            self._let_go()
-            if hop.delay > 0:
-                await asyncio.sleep(hop.delay)
-            self.error = None
-            provider, fields_of, candidate = self._provider, self._hooks.fields, self.candidate
-            if hop.target is None:
-                outgoing = source.outgoing(candidate, provider, fields_of)
-                await self._ask(outgoing, source.upload, False, lone, first)
-            else:
-                asked = hop.target
-                outgoing = source.following(candidate, provider, fields_of, asked)
-                await self._ask(outgoing, None, False, lone, first)
-
-    def _note_warming(self) -> None:
-        """For the others to know it now, not when this attempt has ended."""
-        self.candidate.live.learn_warmth(_WARMING, monotonic() + WARMING_TIME)
-
-    def _may_ask_again(self, upload: Upload | None) -> bool:
-        return self._exchange.may_repeat and _can_repeat(upload)
-
-    def _ends(self, first: float, lone: bool, again: bool) -> float:
-        """When hopping must be over: an answer that says no more than `later` stands then."""
-        exchange, limits = self._exchange, self._patience
-        whole = exchange.inference and not exchange.stream and not again
-        limit = limits.document if whole else limits.first_content
-        own = first + limit if limit else inf
-        return min(exchange.ends_on(self.backend), self._answer_by(lone), own)
-
-    def _out_of_time(self) -> UpstreamError:
-        """A result that is not there in time: its address is no answer for the client."""
-        over = monotonic() >= self._exchange.ends_on(self.backend)
-        fault = _DEADLINE if over else Fault.TIMEOUT
-        return UpstreamError(fault, Stage.HEAD, "the result did not come in time", sent=True)
-
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
         """Give up an answer that is not the last one: from here on it is none at all."""
         self._stop_upload()
         answer, self.answer = self.answer, None
         if answer is not None and not answer.ended:
             answer.abandon()
 
-    async def _carry(self, source: Source, lone: bool) -> None:
-        """Let the provider take the request there; it needs the whole body for that."""
-        exchange, backend, carry = self._exchange, self.backend, self._hooks.carry
-        assert carry is not None
-        upload, deadline = source.upload, exchange.ends_on(backend)
-        body = b""
-        patience = self._patience.first_content or inf
-        try:
-            if upload is not None:
-                whole = upload.body
-                body = whole if whole is not None else b"".join([p async for p in upload.pieces()])
-            submission = source.submission(self.candidate, body, deadline, patience)
-        except ProxyError as exc:
-            self.error = exc.with_traceback(None)
-            return
-        self.answer = answer = self._expect(source.shape, exchange.stream, False, lone)
-        carried = Carried(self._wire.loop, self._wire.wheel, answer, backend.cold_timeouts)
-        self._connection = carried
-        self.sent = True
-        session = self._hooks.session(backend)
-        carried.start(
-            self._wire.carriers,
-            lambda reply: carry(backend, submission, reply, session),
-            f"carry {exchange.id}",
-        )
-        while not answer.decided:
-            await answer.next_step()
-
-    def _answer_by(self, lone: bool) -> float:
+    def answer_by(self, lone: bool) -> float:
         """Where the limit is ours and another could answer: half of what was left is for it."""
-        exchange = self._exchange
+        exchange = self.exchange
         if lone or not exchange.deadline_is_ours or exchange.deadline is None:
             return inf
         return self.started + (exchange.deadline - self.started) / 2
 
     async def _connect(self) -> Connection:
         """Connect, but not past the end of the exchange."""
-        deadline = self._exchange.ends_on(self.backend)
+        deadline = self.exchange.ends_on(self.backend)
         try:
             async with asyncio.timeout_at(deadline if deadline < inf else None):
-                return await self._wire.pool.connect(self.backend)
+                return await self.wire.pool.connect(self.backend)
         except TimeoutError as exc:
             raise UpstreamError(_DEADLINE, _CONNECT, "the deadline ran out") from exc
 
@@ -308,8 +201,8 @@ class Attempt:
         upgrade: bool,
         lone: bool,
     ) -> Answer:
-        self._connection = connection
-        self.answer = answer = self._expect(outgoing.shape, outgoing.stream, upgrade, lone)
+        self.flow = connection
+        self.answer = answer = self.expect(outgoing.shape, outgoing.stream, upgrade, lone)
         self.sent = True
         body = outgoing.body
         if body is not None:
@@ -321,23 +214,23 @@ class Attempt:
             connection.start(answer, outgoing.head, True)
             self._uploading = asyncio.create_task(
                 self._upload(connection, upload, answer, outgoing.renaming),
-                name=f"upload {self._exchange.id}",
+                name=f"upload {self.exchange.id}",
             )
         return answer
 
-    def _expect(self, shape: Shape, stream: bool, upgrade: bool, lone: bool) -> Answer:
-        exchange = self._exchange
+    def expect(self, shape: Shape, stream: bool, upgrade: bool, lone: bool) -> Answer:
+        exchange = self.exchange
         # By position: a class called by keywords takes two and a half times as long (3.11).
         return Answer(
-            self._wire.loop,
-            self._patience,
+            self.wire.loop,
+            self.patience,
             shape,
             exchange.inference,
             stream,
             exchange.method == "HEAD",
             upgrade,
             exchange.ends_on(self.backend),
-            self._answer_by(lone) if exchange.deadline_is_ours else inf,
+            self.answer_by(lone) if exchange.deadline_is_ours else inf,
             lone,
         )
 
@@ -378,15 +271,10 @@ class Attempt:
 
     def tunnel(self, client: asyncio.Transport) -> Connection:
         """Join the client's transport and the backend's (after a 101)."""
-        connection = self._connection
+        connection = self.flow
         assert isinstance(connection, Connection)
         connection.tunnel(client)
         return connection
-
-    @property
-    def flow(self) -> Flow | None:
-        """The connection under the answer, for back-pressure."""
-        return self._connection
 
     def take_error(self) -> ProxyError:
         """The error, to be raised; if it stayed here, its traceback would hold this object."""
@@ -463,17 +351,17 @@ class Attempt:
 
     def _waited_out(self, now: float) -> bool:
         """Whether the backend had its fair part of a limit that is ours, not the client's."""
-        start = self._exchange.started
+        start = self.exchange.started
         limit = self.backend.timeouts.total
-        if self._exchange.deadline_is_ours and self._exchange.deadline is not None:
-            limit = self._exchange.deadline - start
+        if self.exchange.deadline_is_ours and self.exchange.deadline is not None:
+            limit = self.exchange.deadline - start
         return 0 < limit <= now - start and now - self.started >= limit / 2
 
     def _repeatable(self, judgement: Judgement) -> bool:
         """Nothing sent: always. Sent: where the route has no side effect, or RFC 9110 9.2.2."""
-        if not _can_repeat(self._upload_of):
+        if not can_repeat(self._upload_of):
             return False
-        exchange = self._exchange
+        exchange = self.exchange
         if not judgement.elsewhere or not self.sent:
             return judgement.elsewhere
         if self.answer is not None and self.answer.status is not None and not exchange.inference:
@@ -491,5 +379,5 @@ def _framed(body: bytes) -> bytes:
 _NOTHING_YET = Judgement(_NEUTRAL)
 
 
-def _can_repeat(upload: Upload | None) -> bool:
+def can_repeat(upload: Upload | None) -> bool:
     return upload is None or upload.replayable

@@ -7,6 +7,7 @@ raised for the client, or the client left and `CancelledError` passes through.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any, Protocol
 
 from ..contracts import (
@@ -25,6 +26,7 @@ from .attempt import Attempt, Wire
 from .chain import Chain
 from .chooser import Choice, Chooser, Run
 from .fleet import Fleet
+from .follow import Follower
 from .judge import Judgement, judge
 from .queue import Queue
 
@@ -130,12 +132,8 @@ class Pipeline:
             lone = choice.spare == 0 or not exchange.may_repeat
             await attempt.open(source, lone=lone)
             if choice.hooks.hop is not None:
-                await attempt.follow(
-                    source,
-                    choice.hooks.hop,
-                    lone,
-                    lambda: self._chooser.warm_elsewhere(exchange, model, tried),
-                )
+                warm = partial(self._chooser.warm_elsewhere, exchange, model, tried)
+                await Follower(attempt, source, lone, warm).run(choice.hooks.hop)
             judgement = attempt.last = self._judge(exchange, choice, attempt)
             if judgement.lacks_model and model is not None:
                 if live.models is None:

@@ -26,6 +26,7 @@ from .watch import Watch
 _HOLD_BYTE, _HOLD_CONTENT, _HOLD_WHOLE = Hold.BYTE, Hold.CONTENT, Hold.WHOLE
 _STAGE_SEND, _STAGE_HEAD, _STAGE_CONTENT = Stage.SEND, Stage.HEAD, Stage.CONTENT
 _STAGE_STREAM, _STAGE_DONE = Stage.STREAM, Stage.DONE
+_CLOSED, _RESET = Fault.CLOSED, Fault.RESET
 _FRAMING_NONE, _FRAMING_TUNNEL = Framing.NONE, Framing.TUNNEL
 
 
@@ -313,6 +314,11 @@ class Answer:
         if not self.ended and self._flow is not None:
             self._flow.abort()
         self._end()
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether the connection under it ended too soon."""
+        return self.fault is _CLOSED or self.fault is _RESET
 
     @property
     def said_all(self) -> bool:
