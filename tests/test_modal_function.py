@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from beacon_proxy.routing import attempt
+from beacon_proxy.routing import follow
 
 from .kit import (
     LAST_CHUNK,
@@ -191,7 +191,7 @@ async def test_function_when_the_connection_breaks_asks_for_the_result_again(bre
 async def test_function_when_the_connection_never_holds_gives_up_and_fails_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attempt, "BROKEN_MOST", 1)  # three in a row take 8 s
+    monkeypatch.setattr(follow, "BROKEN_MOST", 1)  # three in a row take 8 s
     edge = Function(answers(json_bytes(DOCUMENT), cuts=1), breaks=99)
     async with edge, RawBackend(json_answer(DOCUMENT)) as other:
         async with proxy(*dearer(edge, other)) as p:

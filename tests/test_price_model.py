@@ -99,9 +99,6 @@ def test_rented_until_when_it_could_be_misread_is_refused(given: str) -> None:
 @pytest.mark.parametrize(
     ("row", "more", "lines"),
     [
-        ("price_per_hour: 1", "", ["price_per_hour: needs price_model: rented"]),
-        ("price_glm_per_hour: 1", RATES, ["price_glm_per_hour: needs price_model: rented"]),
-        (f"rented_until: '{NOON}'", "", ["rented_until: needs price_model: rented"]),
         (
             "price_model: rented, price_glm_per_hour: 1",
             "rates: {EUR: 1.1}",
@@ -130,6 +127,22 @@ def test_rented_until_when_it_could_be_misread_is_refused(given: str) -> None:
 )
 def test_price_when_it_contradicts_itself_says_where(row: str, more: str, lines: list[str]) -> None:
     assert refused(row, more) == lines
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "more"),
+    [
+        ("price_per_hour", "1", ""),
+        ("price_glm_per_hour", "1", RATES),
+        ("rented_until", f"'{NOON}'", ""),
+    ],
+)
+def test_price_when_a_rent_is_given_for_a_serverless_one_warns(
+    key: str, value: str, more: str
+) -> None:
+    text = f"backends: [{{name: a, provider: cloud, url: 'http://h:1', {key}: {value}}}]\n{more}"
+    settings = load(text)
+    assert settings.warnings == [f"backends[0].{key}: has no effect without price_model: rented"]
 
 
 # -- the end of an agreement ---------------------------------------------------------------------

@@ -165,11 +165,7 @@ def _price_problems(row: Mapping[str, Any], rates: Any) -> Iterator[tuple[str, s
     given = [key for key in _RENTS if row.get(key) is not None]
     if row.get("price_glm_per_hour") is not None and not _has(rates, "GLM"):
         yield "price_glm_per_hour", "needs rates: {GLM: USD per GLM}"
-    if model == "serverless":
-        for key in ("price_per_hour", "price_glm_per_hour", "rented_until"):
-            if row.get(key) is not None:
-                yield key, "needs price_model: rented"
-    elif model == "rented":
+    if model == "rented":
         if row.get("price_per_million_tokens") is not None:
             yield "price_per_million_tokens", "a rented backend bills hours, not tokens"
         if not given:

@@ -107,7 +107,7 @@ class Settings(Section):
 
     @property
     def warnings(self) -> list[str]:
-        """What is set, and valid, but has no effect in this version; one line a key."""
+        """What is set, and valid, but has no effect, and why; one line a key."""
         later = ["ledger", "budgets", "limits", "alerts"]
         paths = [key for key in later if getattr(self, key) != _default(Settings, key)]
         for index, row in enumerate(self.backends):
@@ -116,10 +116,18 @@ class Settings(Section):
                 for key in _LATER_IN_BACKENDS
                 if getattr(row, key) != _default(BackendSettings, key)
             ]
-        return [f"{path}: accepted, but this version does not act on it yet" for path in paths]
+        yet = [f"{path}: accepted, but this version does not act on it yet" for path in paths]
+        return yet + [
+            f"backends[{index}].{key}: has no effect without price_model: rented"
+            for index, row in enumerate(self.backends)
+            if row.price_model != "rented"
+            for key in _OF_RENT
+            if getattr(row, key) is not None
+        ]
 
 
 _LATER_IN_BACKENDS = ("price_per_million_tokens",)
+_OF_RENT = ("price_per_hour", "price_glm_per_hour", "rented_until")
 
 
 def _default(model: type[BaseModel], key: str) -> Any:
