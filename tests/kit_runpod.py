@@ -12,20 +12,27 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pytest
 from aiohttp import web
 
 ENDPOINT = "ep"
 KEY = "rpa_test"
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
-_HOLD = 2.0  # s that a worker's question is held
+_HOLD = 30.0  # s that a worker's question is held; the SDK gives up after 90
 
 
 @dataclass
@@ -130,6 +137,7 @@ class ControlPlane:
         self._news = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._runner: web.AppRunner | None = None
+        self._closing = False
 
     @property
     def url(self) -> str:
@@ -178,8 +186,11 @@ class ControlPlane:
         self.port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:
+        self._closing = True
+        self._news.set()
         for task in self._tasks:
             task.cancel()
+        await asyncio.sleep(0.01)  # workers' questions that are held get their empty answers
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -310,6 +321,8 @@ class ControlPlane:
         """Hold a worker's question until there is something, but not for long."""
         end = time.monotonic() + _HOLD
         while not something():
+            if self._closing:
+                return False
             self._news.clear()
             try:
                 await asyncio.wait_for(self._news.wait(), max(end - time.monotonic(), 0.0))
@@ -392,3 +405,76 @@ def queue_row(control: ControlPlane, **more: Any) -> dict[str, Any]:
     """The row of beacon.yaml for it."""
     url = control.url
     return {"url": url, "provider": "runpod", "kind": "queue", "api_key": KEY, **more}
+
+
+# -- the SDK's own parts, in processes of their own ----------------------------------------------
+
+WORKER = Path(__file__).with_name("runpod_worker.py")
+STARTS = 60.0  # s, a fresh interpreter with the SDK on a busy machine
+
+
+def parts_python() -> str:
+    """The interpreter that has the SDK."""
+    path = Path(sys.prefix, "parts", "bin", "python")
+    if not path.exists():
+        missing = f"the parts of the tests are not installed: {path}"
+        pytest.fail(missing) if os.environ.get("BEACON_CI") else pytest.skip(missing)
+    return str(path)
+
+
+@contextmanager
+def worker(
+    home: Path, server: str, *args: str, control: ControlPlane | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The handler in the SDK's own hands; its ping runs in a process beside it."""
+    env = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "SERVER_URL": server,
+        "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",  # else it dials 8.8.8.8
+        "RUNPOD_DEBUG_LEVEL": "ERROR",
+    }
+    if control is not None:
+        at = f"{control.base}/{ENDPOINT}"
+        env |= {
+            "RUNPOD_AI_API_KEY": KEY,
+            "RUNPOD_POD_ID": "worker-1",
+            "RUNPOD_ENDPOINT_ID": ENDPOINT,
+            "RUNPOD_WEBHOOK_GET_JOB": f"{at}/job-take/$ID?gpu=none",
+            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{at}/job-done/$RUNPOD_POD_ID/$ID?gpu=none",
+            "RUNPOD_WEBHOOK_POST_STREAM": f"{at}/job-stream/$RUNPOD_POD_ID/$ID?gpu=none",
+            "RUNPOD_WEBHOOK_PING": f"{at}/ping/$RUNPOD_POD_ID",
+        }
+    log = home / "worker.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [parts_python(), str(WORKER), *args],
+            env=env,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def local_server(home: Path, server: str, *args: str) -> Iterator[str]:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    options = ("--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", str(port))
+    with worker(home, server, *args, *options) as process:
+        end = time.monotonic() + STARTS
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                assert process.poll() is None, (home / "worker.log").read_text()
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
