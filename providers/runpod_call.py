@@ -172,7 +172,7 @@ class Call:
         submitting, self._submitting = self._submitting, None
         if submitting is not None:
             try:
-                await asyncio.wait((submitting,), timeout=CLEAN_UP)
+                await asyncio.wait((submitting,), timeout=CLEAN_UP - _CANCEL_LIMIT)
             finally:
                 submitting.cancel()
         if self.over or not self._job.id:

@@ -123,6 +123,8 @@ class _Streaming:
     async def run(self, body: bytes) -> None:
         reply, pace, completed = self._reply, Pace(), False
         before = await self._call.submit(Operation.RUN, body)
+        if failure := before.failure():
+            raise Failed(failure)
         while not self._made.ended:
             await reply.room()
             await asyncio.sleep(pace.next(queued=before.queued))

@@ -144,6 +144,11 @@ class ControlPlane:
         return f"{self.base}/{ENDPOINT}"
 
     @property
+    def odd(self) -> str:
+        """The same endpoint below a path that tells nothing."""
+        return f"http://127.0.0.1:{self.port}/odd/{ENDPOINT}"
+
+    @property
     def base(self) -> str:
         return f"http://127.0.0.1:{self.port}/v2"
 
@@ -166,7 +171,16 @@ class ControlPlane:
 
     async def start(self) -> None:
         app = web.Application(client_max_size=32 << 20)
-        base = f"/v2/{ENDPOINT}"
+        for base in (f"/v2/{ENDPOINT}", f"/odd/{ENDPOINT}"):
+            self._add_routes(app, base)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+
+    def _add_routes(self, app: web.Application, base: str) -> None:
+        app.router.add_post(f"{base}/openai/{{path:.*}}", self._no_route)
         app.router.add_post(f"{base}/run", self._run)
         app.router.add_post(f"{base}/runsync", self._runsync)
         app.router.add_get(f"{base}/status/{{id}}", self._status)
@@ -179,11 +193,6 @@ class ControlPlane:
         app.router.add_post(f"{base}/job-stream/{{worker}}/{{id}}", self._streamed)
         app.router.add_post(f"{base}/job-done/{{worker}}/{{id}}", self._done)
         app.router.add_get(f"{base}/ping/{{worker}}", self._ping)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        self.port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:
         self._closing = True
@@ -314,6 +323,10 @@ class ControlPlane:
         usual = {"idle": 0, "initializing": 0, "ready": 0, "running": 1, "throttled": 0}
         workers = {**usual, "unhealthy": 0} if self.workers is None else self.workers
         return web.json_response({"jobs": jobs, "workers": workers})
+
+    async def _no_route(self, request: web.Request) -> web.Response:
+        """As FastAPI answers, and with it the SDK's local server: there is no OpenAI route."""
+        return web.json_response({"detail": "Not Found"}, status=404)
 
     # -- the workers' side -----------------------------------------------------------------------
 
