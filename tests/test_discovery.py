@@ -20,7 +20,9 @@ from .kit import (
     chat_events,
     chat_stream,
     chunk,
+    each_request,
     eventually,
+    json_bytes,
     proxy,
     request,
 )
@@ -290,6 +292,47 @@ async def test_url_when_it_changes_under_a_name_old_connections_are_not_used_aga
                 answer = await ask(p)
                 assert b"new" in answer.body
             assert (len(old.requests), len(new.requests)) == (1, 3)
+
+
+async def test_hop_when_another_server_has_the_name_by_then_goes_to_its_own(
+    tmp_path: Path,
+) -> None:
+    """A result's address means nothing to another server, and holds the old one's secret."""
+    path, go = tmp_path / "nodes.json", asyncio.Event()
+
+    async def function(conn: BackendConn) -> None:
+        while (received := await conn.request()) is not None:
+            if received.method == "POST":
+                await go.wait()
+                where = b"/v1/chat/completions?__modal_function_call_id=fc-1"
+                await conn.send(
+                    b"HTTP/1.1 303 See Other\r\nLocation: %b\r\nContent-Length: 0\r\n\r\n" % where
+                )
+            else:
+                await conn.send(DOCUMENT)
+
+    async with RawBackend(function) as old, RawBackend(each_answer) as new:
+        put(path, [row("a", old, kind="function")])
+        async with proxy(**by_file(path, provider="modal")) as p:
+            await eventually(lambda: names(p) == ["a"], NEWS)
+            running = asyncio.create_task(ask(p, chat()), name="the call")
+            await eventually(lambda: len(old.requests) == 1)
+            put(path, [row("a", new, kind="function")])
+            await eventually(lambda: p.app.fleet.candidates()[0].backend.url == new.url, NEWS)
+            assert (await ask(p, chat())).status == 200  # and leaves an idle connection
+            assert set(p.app._pool._idle) == {"a"}
+            go.set()
+            assert (await running).status == 200
+            assert [r.method for r in old.requests] == ["POST", "GET"]
+            assert [r.method for r in new.requests] == ["POST"]
+
+
+DOCUMENT = json_bytes({"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]})
+
+
+async def each_answer(conn: BackendConn) -> None:
+    async for _ in each_request(conn):
+        await conn.send(DOCUMENT)
 
 
 async def test_row_when_its_facts_change_keeps_what_was_learnt(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beacon_proxy.contracts import Backend, Live
+from beacon_proxy.contracts import Backend, Check, Live, Verdict
 from beacon_proxy.routing.fleet import Fleet
+from beacon_proxy.routing.spelling import learn
 
 from .kit import (
     LAST_CHUNK,
@@ -229,6 +230,36 @@ def test_follow_when_a_kind_was_found_out_it_stays_until_the_row_says_another() 
     assert (candidate.backend.kind, candidate.backend.price_per_second) == ("ollama", 1.0)
     told.fleet.follow([backend("a", kind="openai")])
     assert told.fleet.candidates()[0].backend.kind == "openai"
+
+
+def test_follow_when_aliases_change_the_names_that_clients_may_use_do() -> None:
+    told = Told()
+    told.fleet.follow([backend("a", aliases=(("small", "qwen"),))])
+    live = told.live("a")
+    learn(told.fleet.candidates()[0].backend, live, Check(Verdict.GOOD, models=("qwen",)))
+    live.check = Check(Verdict.GOOD, models=("qwen",))
+    assert (live.names["small"], live.models) == ("qwen", {"qwen", "small"})
+    told.fleet.follow([backend("a", aliases=(("tiny", "qwen"),))])
+    assert (live.names["tiny"], "small" in live.names) == ("qwen", False)
+    assert live.models == {"qwen", "tiny"}
+    told.fleet.follow([backend("a", model_names=("llama",), models=frozenset({"llama"}))])
+    assert told.live("a") is live
+    assert live.model_names == ("llama",)
+
+
+def test_follow_when_a_rent_is_over_the_same_answer_does_not_begin_it_again() -> None:
+    unix = [100.0]
+    told = Told()
+    told.fleet._unix = lambda: unix[0]
+    rented = backend("a", price_model="rented", idle_price_per_second=0.1, rented_until_unix=200.0)
+    told.fleet.follow([rented])
+    assert told.fleet.candidates()[0].backend.price_per_second == 0.0
+    unix[0] = 200.0
+    assert told.fleet.candidates()[0].backend.price_per_second == 0.1
+    told.fleet.follow([rented])
+    assert told.fleet.candidates()[0].backend.price_per_second == 0.1
+    told.fleet.follow([replace(rented, rented_until_unix=300.0)])
+    assert told.fleet.candidates()[0].backend.price_per_second == 0.0, "its agreement goes on"
 
 
 def test_follow_when_limits_come_and_go_with_the_rows_the_fleet_knows() -> None:

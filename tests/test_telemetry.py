@@ -38,6 +38,7 @@ from beacon_proxy.contracts import (
 from beacon_proxy.errors import Overloaded
 from beacon_proxy.ops.lines import JsonLines, encode
 from beacon_proxy.ops.live import MAX_WAITING
+from beacon_proxy.ops.metrics import Metrics
 from beacon_proxy.ops.telemetry import MAX_LISTENERS, Telemetry, cost_usd
 
 SECRET = "sk-very-secret"
@@ -796,3 +797,29 @@ def test_render_when_accept_is_nonsense_falls_back_to_text(accept: str) -> None:
     body, content_type = Teller().telemetry.render([], accept)
     assert content_type.startswith("text/plain; version=0.0.4")
     assert b"beacon_queue_depth 0.0" in body
+
+
+def test_metrics_when_backends_come_and_go_unasked_hold_a_bounded_number_of_names() -> None:
+    """Names of discovered backends may be addresses: without a scraper they must not pile up."""
+    metrics = Metrics("us-east", lambda: 0.0)
+    for n in range(2000):
+        gone = backend(f"golem-10.0.{n // 256}.{n % 256}-80")
+        metrics.attempt(outcome(gone), 0.5)
+        metrics.ejections[gone.name] += 1
+        metrics.forget(gone.name)
+    assert len(metrics._backends) <= 257
+    assert len(metrics.ejections) <= 257
+
+
+def test_metrics_when_a_backend_comes_back_before_it_was_told_gone_counts_on() -> None:
+    metrics = Metrics("us-east", lambda: 0.0)
+    back = backend("back")
+    metrics.attempt(outcome(back), 0.5)
+    metrics.forget("back")
+    candidates = [Candidate(back, Live())]
+    for _ in range(2):
+        text, _type = metrics.render(candidates)
+        assert b'beacon_cost_usd_total{backend="back"} 0.5' in text
+    metrics.forget("back")
+    assert b'backend="back"' in metrics.render([])[0]
+    assert b'backend="back"' not in metrics.render([])[0]

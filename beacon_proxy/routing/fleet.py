@@ -30,7 +30,7 @@ from ..contracts import (
 from ..wire.faults import fault_of
 from ..wire.pool import IDLE_LIMIT, tls_context
 from .hooks import Hooks
-from .spelling import learn, new_live
+from .spelling import learn, learn_again, new_live
 
 # Looked up once: a member of an enumeration is slow to reach.
 _GOOD, _LOADING = Verdict.GOOD, Fault.LOADING
@@ -315,8 +315,7 @@ class Fleet:
         backend, live = row
         if _trust(was) != _trust(now):
             self.on_left(backend)
-        if now.model_names:
-            live.model_names = now.model_names
+        learn_again(now, live)
         kind = backend.kind if was.kind == now.kind else now.kind  # it may have been found out
         return replace(now, kind=kind, joined=backend.joined), live
 

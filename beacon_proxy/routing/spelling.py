@@ -33,6 +33,16 @@ def learn(backend: Backend, live: Live, check: Check) -> None:
     live.names = _names(backend, (*live.model_names, *check.models))
 
 
+def learn_again(backend: Backend, live: Live) -> None:
+    """Look anew at what a backend said, now that its row says something else."""
+    if live.check is not None and live.check.models is not None:
+        learn(backend, live, live.check)
+        return
+    if backend.model_names:
+        live.model_names = backend.model_names
+    live.names = _names(backend, live.model_names)
+
+
 def _names(backend: Backend, own: Collection[str]) -> dict[str, str]:
     """What a client may call a model to how the backend spells it; canonical names are keys, too.
 
