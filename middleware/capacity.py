@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 from beacon_proxy.contracts import Backend, Clock, Exchange, Permit, QueueLimits
 
+_Server = str | tuple[str, float]  # a name, with the time of joining where it has one
+
 
 @dataclass(slots=True)
 class Capacity:
@@ -32,7 +34,7 @@ class Capacity:
         metadata={"help": "s until a backend that joined gets all its max_in_flight; 0: at once"},
     )
     clock: Clock = field(default=time.monotonic, metadata={"injected": True}, repr=False)
-    _in_flight: dict[str, int] = field(default_factory=dict, init=False, repr=False)
+    _in_flight: dict[_Server, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.max_queue < 0:
@@ -43,14 +45,16 @@ class Capacity:
             raise ValueError(f"slow_start: must be >= 0 and finite, got {self.slow_start}")
 
     def admit(self, exchange: Exchange, backend: Backend) -> Permit | None:
-        name, in_flight = backend.name, self._in_flight
-        taken = in_flight.get(name, 0)
-        if taken >= backend.max_in_flight:
+        in_flight, room = self._in_flight, backend.max_in_flight
+        server: _Server = backend.name
+        if backend.joined:
+            # Another server may have had the name, and its exchanges may still run.
+            server, room = (backend.name, backend.joined), self._room(backend)
+        taken = in_flight.get(server, 0)
+        if taken >= room:
             return None
-        if backend.joined and taken >= self._room(backend):
-            return None
-        in_flight[name] = taken + 1
-        return _Slot(in_flight, name)
+        in_flight[server] = taken + 1
+        return _Slot(in_flight, server)
 
     def _room(self, backend: Backend) -> int:
         """The slots of a backend that joined."""
@@ -63,27 +67,32 @@ class Capacity:
         return QueueLimits(size=self.max_queue, timeout=self.queue_timeout)
 
     def in_flight(self, name: str) -> int:
-        """Return how many slots of the backend `name` are taken."""
-        return self._in_flight.get(name, 0)
+        """Return how many slots are taken of whoever has, or had, the name."""
+        counts = self._in_flight.items()
+        return sum(
+            count
+            for server, count in counts
+            if name == (server if isinstance(server, str) else server[0])
+        )
 
 
 class _Slot:
     """One exchange on a backend."""
 
-    __slots__ = ("_in_flight", "_name")
+    __slots__ = ("_in_flight", "_server")
 
-    def __init__(self, in_flight: dict[str, int], name: str) -> None:
+    def __init__(self, in_flight: dict[_Server, int], server: _Server) -> None:
         self._in_flight = in_flight
-        self._name: str | None = name  # None: given back
+        self._server: _Server | None = server  # None: given back
 
     def release(self) -> None:
-        name = self._name
-        if name is None:
+        server = self._server
+        if server is None:
             return
-        self._name = None
-        left = self._in_flight[name] - 1
+        self._server = None
+        left = self._in_flight[server] - 1
         if left:
-            self._in_flight[name] = left
+            self._in_flight[server] = left
         else:
             # Backends come and go: a name at zero must not stay for ever.
-            del self._in_flight[name]
+            del self._in_flight[server]

@@ -288,6 +288,7 @@ async def test_url_when_it_changes_under_a_name_old_connections_are_not_used_aga
             held.go.set()
             assert (await running).complete
             await eventually(lambda: not p.app.fleet.leaving)
+            await eventually(lambda: old.open_connections == 0, 2.0)  # sooner than an idle one
             for _ in range(3):
                 answer = await ask(p)
                 assert b"new" in answer.body

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from beacon_proxy.contracts import Backend, Check, Live, Verdict
@@ -138,8 +138,10 @@ def test_fleet_when_sources_answer_and_fail_in_any_order_is_their_last_good_answ
             everyone = [*p.app.fleet.candidates(), *p.app.fleet.draining()]
             return sum(each.live.in_flight for each in everyone)
 
-        @settings(max_examples=60, deadline=None, database=None, derandomize=True)
+        @settings(max_examples=80, deadline=None, database=None, derandomize=True)
         @given(steps)
+        @example([("says", 0, {"a": 0}), ("ask", 0, None), ("says", 0, {}), ("end", 0, None)])
+        @example([("says", 0, {"a": 0}), ("ask", 0, None), ("says", 0, {"a": 1}), ("ask", 0, None)])
         def holds(script: list[Any]) -> None:
             on.run(play(script))
 

@@ -141,6 +141,22 @@ def test_slow_start_when_a_backend_joins_its_room_grows_evenly_to_the_whole() ->
     assert capacity.in_flight("b") == 0
 
 
+def test_slow_start_when_another_server_had_the_name_its_exchanges_take_no_room() -> None:
+    """Long streams on the one that was replaced must not keep the new one from working."""
+    capacity = Capacity(clock=lambda: 1000.0)
+    old, new = backend(max_in_flight=2), replace(backend(max_in_flight=2), joined=1000.0)
+    streams = [capacity.admit(EXCHANGE, old) for _ in range(2)]
+    permit = capacity.admit(EXCHANGE, new)
+    assert permit is not None
+    assert capacity.in_flight("b") == 3
+    assert capacity.admit(EXCHANGE, new) is None
+    for each in (*streams, permit):
+        assert each is not None
+        each.release()
+    assert capacity.in_flight("b") == 0
+    assert capacity._in_flight == {}
+
+
 @pytest.mark.parametrize(("slow_start", "joined"), [(0.0, 1000.0), (30.0, 0.0)])
 def test_slow_start_when_it_is_off_or_the_backend_was_there_gives_all_room(
     slow_start: float, joined: float
