@@ -163,7 +163,9 @@ def _words(body: bytes, status: int) -> str:
         said = line if line.isprintable() and not line.startswith("<") else ""
     else:
         told = document if isinstance(document, dict) else {}
-        said = next((s for k in ("detail", "message") if isinstance(s := told.get(k), str)), "")
+        told = error if isinstance(error := told.get("error"), dict) else told
+        keys = ("message", "detail", "error")
+        said = next((told[key] for key in keys if isinstance(told.get(key), str)), "")
     return said.strip()[:_LINE_MOST] or f"the backend answered {status}"
 
 

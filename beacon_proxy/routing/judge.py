@@ -182,18 +182,21 @@ def _judge_reading(backend: Backend, provider: Provider, answer: Answer, body: b
 
 
 def read_document(backend: Backend, provider: Provider, body: bytes) -> Reading | None:
-    """A whole answer as its provider reads it; None where it is no JSON object."""
+    """An answer, or an event of one, as its provider reads it; None where it cannot be read.
+
+    That is what is no JSON object, and one that its provider stumbles over.
+    """
     try:
         document = loads(body)
-    except (ValueError, RecursionError):
+        return provider.read(backend, document) if isinstance(document, dict) else None
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return None
-    return provider.read(backend, document) if isinstance(document, dict) else None
 
 
 def fault_in(reading: Reading | None) -> tuple[Fault | None, str]:
     """Why a whole answer is no good on the translated route, and words for the log."""
     if reading is None:
-        return Fault.NOT_JSON, "the answer is not a JSON object"
+        return Fault.NOT_JSON, "the answer is no JSON object that its provider can read"
     if reading.error is not None:
         return Fault.ERROR_BODY, "an error behind a 200"
     if not (reading.text or reading.done or reading.usage):

@@ -14,6 +14,10 @@ def fault_of(exc: BaseException) -> tuple[Fault, str]:
     """The fault and words for the log; never the address or what the other side said."""
     if isinstance(exc, TimeoutError):
         return Fault.TIMEOUT, "no answer in time"
+    if isinstance(exc, aiohttp.ContentTypeError):
+        return Fault.NOT_JSON, "the answer is not JSON"
+    if isinstance(exc, aiohttp.ClientResponseError):
+        return Fault.STATUS, f"the answer was {exc.status}"
     if isinstance(exc, aiohttp.ClientSSLError | ssl.SSLError):
         return Fault.TLS, "TLS failed"
     if isinstance(exc, aiohttp.ClientConnectorDNSError | socket.gaierror):
