@@ -1,0 +1,1 @@
+"""The job service Conveyor as a provider of beacon-proxy."""

@@ -1,0 +1,1 @@
+"""The smallest provider and a small middleware for beacon-proxy."""
