@@ -23,11 +23,11 @@ from .api.server import Api
 from .config import Settings, resolve_backends
 from .discovery.refresh import Refresher
 from .discovery.sources import source_of
+from .fleet.fleet import Fleet
 from .ops.telemetry import Telemetry
 from .plugins import Plugins, build_middleware, build_provider
 from .routing.attempt import Wire
 from .routing.chain import Chain
-from .routing.fleet import Fleet
 from .routing.pipeline import Pipeline
 from .wire.carried import Carriers
 from .wire.pool import Pool

@@ -23,9 +23,9 @@ from beacon_proxy.contracts import (
     Timeouts,
 )
 from beacon_proxy.errors import Limited, NoBackend, Overloaded, UpstreamError
+from beacon_proxy.fleet.fleet import Fleet
 from beacon_proxy.routing.chain import Chain
 from beacon_proxy.routing.chooser import Choice, Chooser, Run
-from beacon_proxy.routing.fleet import Fleet
 from beacon_proxy.routing.queue import Queue
 from middleware.capacity import Capacity
 from middleware.cost import Cost

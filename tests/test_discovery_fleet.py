@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from beacon_proxy.contracts import Backend, Check, Live, Verdict
-from beacon_proxy.routing.fleet import Fleet
-from beacon_proxy.routing.spelling import learn
+from beacon_proxy.fleet.fleet import Fleet
+from beacon_proxy.fleet.spelling import learn
 
 from .kit import (
     LAST_CHUNK,
@@ -226,7 +226,7 @@ def test_follow_when_the_way_to_trust_changes_keeps_what_was_learnt_but_no_conne
 def test_follow_when_a_kind_was_found_out_it_stays_until_the_row_says_another() -> None:
     told = Told()
     told.fleet.follow([backend("a", kind="auto")])
-    told.fleet._found_kind(backend("a"), told.live("a"), "ollama")
+    told.fleet.found_kind(told.live("a"), "ollama")
     told.fleet.follow([backend("a", kind="auto", price_per_second=1.0)])
     (candidate,) = told.fleet.candidates()
     assert (candidate.backend.kind, candidate.backend.price_per_second) == ("ollama", 1.0)

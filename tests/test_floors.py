@@ -28,11 +28,12 @@ FLOORS: dict[str, set[str]] = {
     "plugins": GROUND,
     "config": GROUND | {"plugins"},
     "schema": GROUND | {"plugins", "config"},
-    "routing": GROUND | {"wire"},
+    "fleet": GROUND | {"wire"},
+    "routing": GROUND | {"wire", "fleet"},
     "ops": GROUND,
     "discovery": GROUND | {"config"},
-    "api": GROUND | {"wire", "plugins", "config", "routing", "ops"},
-    "app": GROUND | {"wire", "plugins", "config", "routing", "ops", "api", "discovery"},
+    "api": GROUND | {"wire", "plugins", "config", "fleet", "routing", "ops"},
+    "app": GROUND | {"wire", "plugins", "config", "fleet", "routing", "ops", "api", "discovery"},
     "demo": GROUND | {"plugins", "config", "app"},
     "cli": GROUND | {"plugins", "config", "schema", "app", "demo"},
     "__main__": {"cli"},
@@ -209,13 +210,13 @@ def test_floors_when_the_core_imports_a_third_party_setup_cfg_declares_it() -> N
         ("beacon_proxy.contracts", "from .wire import pool"),
         ("beacon_proxy.errors", "from beacon_proxy.config import Settings"),
         ("beacon_proxy.regions", "import pydantic"),
-        ("beacon_proxy.wire.pool", "from ..routing.fleet import Fleet"),
+        ("beacon_proxy.wire.pool", "from ..fleet.fleet import Fleet"),
         ("beacon_proxy.wire.pool", "from beacon_proxy import app"),
         ("beacon_proxy.wire.__init__", "from ..ops import telemetry"),
         ("beacon_proxy.wire.pool", "if TYPE_CHECKING:\n    from ..api.server import Server"),
-        ("beacon_proxy.routing.fleet", "def late():\n    from ..api import server"),
-        ("beacon_proxy.routing.fleet", "import beacon_proxy.ops.telemetry"),
-        ("beacon_proxy.ops.telemetry", "from ..routing.fleet import Fleet"),
+        ("beacon_proxy.fleet.fleet", "def late():\n    from ..api import server"),
+        ("beacon_proxy.fleet.fleet", "import beacon_proxy.ops.telemetry"),
+        ("beacon_proxy.ops.telemetry", "from ..fleet.fleet import Fleet"),
         ("beacon_proxy.api.server", "from ..app import App"),
         ("beacon_proxy.app", "from middleware.health import Health"),
         ("beacon_proxy.cli", "import providers.golem"),
@@ -256,7 +257,7 @@ def beside(module: str, line: str) -> dict[str, str]:
     """A made-up tree in which one module holds the line and the others are empty."""
     core = """
         __init__ contracts errors config.__init__ cli app wire.__init__ wire.pool wire.connection
-        routing.fleet ops.__init__ ops.telemetry api.__init__ api.server
+        fleet.fleet ops.__init__ ops.telemetry api.__init__ api.server
     """
     plugins = "middleware.__init__ middleware.health providers.openai providers.modal"
     names = [*(f"beacon_proxy.{name}" for name in core.split()), *plugins.split()]

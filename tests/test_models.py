@@ -483,7 +483,7 @@ async def test_model_when_nobody_has_it_is_looked_for_once_in_a_while() -> None:
 async def test_model_when_the_look_takes_too_long_is_a_404_in_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("beacon_proxy.routing.fleet._LOOK_TIME", 0.1)
+    monkeypatch.setattr("beacon_proxy.fleet.fleet._LOOK_TIME", 0.1)
     server = Ollama("a:1")
     async with (
         server.backend() as backend,

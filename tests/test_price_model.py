@@ -10,7 +10,7 @@ import pytest
 
 from beacon_proxy.config import resolve_backends
 from beacon_proxy.contracts import Backend, Candidate, Exchange, Live, Outcome, Stage, Verdict
-from beacon_proxy.routing.fleet import Fleet
+from beacon_proxy.fleet.fleet import Fleet
 from middleware.cost import Blend, Cost
 
 from .config_fakes import FAKES, load, problems

@@ -25,11 +25,11 @@ from beacon_proxy.contracts import (
     Stage,
     Verdict,
 )
+from beacon_proxy.fleet.fleet import Fleet
 from beacon_proxy.plugins import Plugins
 from beacon_proxy.routing import queue as queue_module
 from beacon_proxy.routing.chain import Chain
 from beacon_proxy.routing.chooser import Choice, Chooser, Run
-from beacon_proxy.routing.fleet import Fleet
 from beacon_proxy.routing.queue import Place, Queue
 from middleware.capacity import Capacity
 from providers.openai import OpenAI

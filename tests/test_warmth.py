@@ -25,7 +25,7 @@ from beacon_proxy.contracts import (
     Verdict,
     Warmth,
 )
-from beacon_proxy.routing.fleet import Fleet
+from beacon_proxy.fleet.fleet import Fleet
 from middleware.cost import Cost
 
 from .kit import (

@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..contracts import Dialect, End, Exchange, Prompt
 from ..errors import ProxyError
+from ..fleet.fleet import Fleet
 from ..regions import canonical_region
 from ..routing.attempt import Attempt
 from ..routing.chooser import Run
-from ..routing.fleet import Fleet
 from ..routing.pipeline import Pipeline
 from ..wire.headers import find
 from ..wire.relay import ClientSink

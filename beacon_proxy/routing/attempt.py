@@ -19,6 +19,7 @@ from ..contracts import (
     Warmth,
 )
 from ..errors import ProxyError, UpstreamError
+from ..fleet.hooks import NO_HOOKS, Hooks
 from ..wire.answer import Answer
 from ..wire.carried import Carried, Carriers
 from ..wire.connection import Connection
@@ -29,7 +30,6 @@ from ..wire.request import Outgoing, Source
 from ..wire.upload import ClientGone, Upload
 from ..wire.wheel import Wheel
 from .carry import carry_by
-from .hooks import NO_HOOKS, Hooks
 from .judge import Judgement, of_fault
 
 # Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.

@@ -19,9 +19,9 @@ from ..contracts import (
     Warmth,
 )
 from ..errors import Limited, NoBackend, Overloaded, UpstreamError
+from ..fleet.fleet import Fleet
+from ..fleet.hooks import Hooks
 from .chain import Chain
-from .fleet import Fleet
-from .hooks import Hooks
 from .queue import Place, Queue
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from ..contracts import Backend, Fault, Headers, Hop, Stage, Warmth
 from ..errors import UpstreamError
+from ..fleet.fleet import WARMING_TIME
 from ..wire.request import Source
-from .fleet import WARMING_TIME
 
 if TYPE_CHECKING:
     from .attempt import Attempt

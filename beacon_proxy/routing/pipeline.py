@@ -20,12 +20,12 @@ from ..contracts import (
     canonical_model,
 )
 from ..errors import ModelNotFound, ProxyError, UpstreamError
+from ..fleet.fleet import Fleet
 from ..wire.answer import Answer
 from ..wire.request import Source
 from .attempt import Attempt, Wire
 from .chain import Chain
 from .chooser import Choice, Chooser, Run
-from .fleet import Fleet
 from .follow import Follower
 from .judge import Judgement, judge
 from .queue import Queue
