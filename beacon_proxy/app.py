@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 
@@ -21,8 +21,6 @@ from .api.inference import PATHS, Inference
 from .api.protocol import HEAD_TIMEOUT, ClientServer
 from .api.server import Api
 from .config import Settings, resolve_backends
-from .discovery.refresh import Refresher
-from .discovery.sources import source_of
 from .fleet.fleet import Fleet
 from .ops.telemetry import Telemetry
 from .plugins import Plugins, build_middleware, build_provider
@@ -33,6 +31,9 @@ from .wire.carried import Carriers
 from .wire.pool import Pool
 from .wire.upload import BodyLimits, Kept
 from .wire.wheel import Wheel
+
+if TYPE_CHECKING:
+    from .discovery.refresh import Refresher
 
 BACKLOG = 1024  # connections the kernel holds while the loop is busy
 
@@ -81,15 +82,7 @@ class App:
             version=__version__,
         )
         self.fleet.on_forgotten = self.telemetry.forget
-        self._refresher = Refresher(
-            [source_of(row, __version__) for row in settings.discovery],
-            settings,
-            self.fleet.providers,
-            self.fleet,
-            clock=time.monotonic,
-            rng=random.Random(),
-            notify=self.telemetry.notify,
-        )
+        self._refresher = self._discovery() if settings.discovery else None
         self.pipeline: Pipeline
 
     async def start(self) -> None:
@@ -114,14 +107,30 @@ class App:
         )
         self.port = self._server.sockets[0].getsockname()[1]
         self._stack.push_async_callback(self.fleet.close)
-        self._stack.push_async_callback(self._refresher.close)
-        self._refresher.start()
+        if self._refresher is not None:
+            self._stack.push_async_callback(self._refresher.close)
+            self._refresher.start()
         for lifespan in chain.lifespans:
             await self._stack.enter_async_context(lifespan(self.fleet))
         for warning in self._settings.warnings:
             self.telemetry.notify("config.ignored", warning=warning)
         self.telemetry.notify(
             "server.started", port=self.port, backends=len(self.backends), version=__version__
+        )
+
+    def _discovery(self) -> Refresher:
+        # Not above: most have no use for it, and a start is its imports.
+        from .discovery.refresh import Refresher
+        from .discovery.sources import source_of
+
+        return Refresher(
+            [source_of(row, __version__) for row in self._settings.discovery],
+            self._settings,
+            self.fleet.providers,
+            self.fleet,
+            clock=time.monotonic,
+            rng=random.Random(),
+            notify=self.telemetry.notify,
         )
 
     def _middlewares(self) -> list[object]:

@@ -94,14 +94,14 @@ async def test_file_when_it_changes_while_it_rests_wakes_and_else_it_sleeps(
     assert await made.look() == ["http://h"]
     began = loop.time()
     await made.rest(0.05)
-    assert loop.time() - began >= 0.05
+    assert loop.time() - began >= 0.04  # the clock of uvloop counts whole ms
     path.unlink()
     async with asyncio.timeout(10.0):
         await made.rest(60.0)
     await refusal(made)
     began = loop.time()
     await made.rest(0.6)  # that it is not there is known: no reason to look again and again
-    assert loop.time() - began >= 0.6
+    assert loop.time() - began >= 0.59
 
 
 # URLs

@@ -58,7 +58,7 @@ MODULES = 320
 
 OTHERS = {
     "anthropic": "of the tests",
-    "beacon_proxy.discovery.records": "only discovery by DNS needs dnspython",
+    "beacon_proxy.discovery": "is loaded where it is configured",
     "dns": "282 modules; only discovery by DNS needs it",
     "httpx": "of the tests and of other packages; the proxy has aiohttp",
     "importlib_metadata": "Python has it",
@@ -90,7 +90,6 @@ DATA_PATH = {
     "uvloop": "there is no loop",
     "beacon_proxy.api": "faces clients",
     "beacon_proxy.app": "composes what serves",
-    "beacon_proxy.discovery": "finds backends for exchanges",
     "beacon_proxy.ops": "tells of exchanges",
     "beacon_proxy.routing": "decides for exchanges",
     "beacon_proxy.wire": "moves bytes",
