@@ -21,6 +21,7 @@ from .runpod_input import route_of
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 TEXTS = (CHAT, COMPLETIONS)  # what a bare text can be made into
+STREAMS = (CHAT, COMPLETIONS, MESSAGES, RESPONSES)
 # The beginning of an event stream: a field, or a comment that is a line (WHATWG HTML 9.2.5).
 SSE = re.compile(r"\s*(?:(?:data|event|id|retry):|:[^\n]*\n)")
 
@@ -47,7 +48,7 @@ def document_of(submission: Submission, output: Any) -> bytes:
     if isinstance(opened, Mapping) and is_document(route, opened):
         return dumped(opened)
     if route not in TEXTS:
-        if isinstance(opened, Mapping | list) and route not in (MESSAGES, RESPONSES):
+        if isinstance(opened, Mapping | list) and route not in STREAMS:
             return dumped(opened)  # embeddings and the like: nothing is known of them but JSON
         raise NoAnswer("the output is no answer of this API")
     reading = read(output)

@@ -13,7 +13,18 @@ from typing import Any, Protocol
 from beacon_proxy.contracts import Dialect, Headers, Submission, Usage
 
 from .reading import load
-from .runpod_answer import CHAT, SSE, TEXTS, NoAnswer, chunk_of, dumped, is_document, is_event, read
+from .runpod_answer import (
+    CHAT,
+    SSE,
+    STREAMS,
+    TEXTS,
+    NoAnswer,
+    chunk_of,
+    dumped,
+    is_document,
+    is_event,
+    read,
+)
 from .runpod_input import route_of
 
 _DONE = b"data: [DONE]\n\n"
@@ -43,6 +54,12 @@ class Stream(Protocol):
         broke there, and must not look whole here.
         """
         ...
+
+
+def is_stream(submission: Submission) -> bool:
+    """Whether a stream is asked for, of an API that has them: `stream` means nothing elsewhere."""
+    streams = submission.dialect is Dialect.BEACON or route_of(submission.path) in STREAMS
+    return submission.stream and streams
 
 
 def stream_for(submission: Submission) -> Stream:

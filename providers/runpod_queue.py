@@ -16,7 +16,7 @@ from beacon_proxy.contracts import Backend, Clock, Dialect, Fault, Headers, Repl
 
 from .runpod_answer import NoAnswer, document_of
 from .runpod_call import Call, Endpoint, Failed, Refused
-from .runpod_events import stream_for
+from .runpod_events import is_stream, stream_for
 from .runpod_input import body_of
 from .runpod_job import Failure, Job, error_in
 from .runpod_pace import Operation, Pace
@@ -65,9 +65,9 @@ class Queue:
 
 async def _bring(call: Call, submission: Submission, body: bytes, reply: Reply) -> None:
     """Put the whole answer into `reply`, whichever it is."""
-    stream = _Streaming(call, submission, reply)
+    stream = _Streaming(call, submission, reply) if is_stream(submission) else None
     try:
-        if submission.stream:
+        if stream is not None:
             await stream.run(body)
         else:
             await _document(call, submission, body, reply)
@@ -75,7 +75,7 @@ async def _bring(call: Call, submission: Submission, body: bytes, reply: Reply) 
         _refuse(reply, exc)
     except Failed as exc:
         failure = exc.failure
-        if failure.status and not stream.begun:
+        if failure.status and (stream is None or not stream.begun):
             _say(reply, failure.status, _JSON, failure.body)
         else:
             reply.fail(failure.fault, failure.detail)

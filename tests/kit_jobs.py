@@ -17,7 +17,13 @@ CHAT: dict[str, Any] = {
     ],
     "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
 }
-VLLM_400 = {"error": {"message": "max_tokens is too large", "type": "BadRequestError", "code": 400}}
+VLLM_400 = {
+    "error": {
+        "message": "'max_tokens' is \"too large\":\n5000 > 2048",
+        "type": "BadRequestError",
+        "code": 400,
+    }
+}
 TRACE = 'Traceback (most recent call last):\n  File "/src/handler.py", line 3\nValueError: boom'
 CRASH = json.dumps(
     {

@@ -114,6 +114,7 @@ class ControlPlane:
         jobs: by id, oldest first.
         play: is run for each new job, where no real worker is to take it.
         canned: answers that come instead of the next ones, by operation.
+        meanwhile: what happens to the job just before the next answer, by operation.
         bare: `/stream` answers with the list alone, as the documentation prints it.
         workers, queued: what `/health` counts; None: by the jobs.
         taken, stopped: ids that real workers took, and were told to stop.
@@ -124,6 +125,7 @@ class ControlPlane:
         self.jobs: dict[str, Job] = {}
         self.play = play
         self.canned: dict[str, deque[Canned]] = {}
+        self.meanwhile: dict[str, Callable[[Job], None]] = {}
         self.bare = False
         self.hold: asyncio.Event | None = None  # submissions are taken, and not answered until set
         self.workers: dict[str, int] | None = None
@@ -274,7 +276,11 @@ class ControlPlane:
         if (refusal := await self._called(request, operation)) is not None:
             return refusal
         job = self.jobs.get(request.match_info["id"])
-        return web.json_response({"error": "not found"}, status=404) if job is None else job
+        if job is None:
+            return web.json_response({"error": "not found"}, status=404)
+        if operation in self.meanwhile:
+            self.meanwhile.pop(operation)(job)
+        return job
 
     async def _status(self, request: web.Request) -> web.Response:
         job = await self._job(request, "status")

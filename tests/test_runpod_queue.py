@@ -100,13 +100,16 @@ async def test_prompt_when_it_becomes_a_job_is_what_plain_handlers_read() -> Non
         }
 
 
-async def test_key_when_the_backend_has_none_is_the_clients() -> None:
-    fields = [("Authorization", "Bearer client"), *JSON]
+@pytest.mark.parametrize(
+    ("given", "passed"), [("Bearer client", "Bearer client"), ("Bearer caf\xe9", "")]
+)
+async def test_key_when_the_backend_has_none_is_the_clients(given: str, passed: str) -> None:
+    fields = [("Authorization", given), *JSON]
     async with control_plane(ends([CHAT])) as control:
         raw = post("/v1/chat/completions", {"model": "m"}, fields)
         seen = await ran(control, raw, row={"api_key": None})
         (call,) = [c for c in control.calls if c.operation == "runsync"]
-    assert call.authorization == "Bearer client"
+    assert call.authorization == passed
     assert seen.answer.status == 401
     assert seen.attempt["fault"] == "status", "it is the client's own key"
 
@@ -183,6 +186,14 @@ async def test_document_when_a_handler_says_text_becomes_a_chat(output: Any) -> 
     assert text["choices"][0]["text"] == "hello"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_document_when_the_api_has_no_streams_is_one_whatever_is_asked(stream: bool) -> None:
+    vectors = {"object": "list", "data": [{"index": 0, "embedding": [0.1, 0.2]}]}
+    async with control_plane(ends([vectors])) as control:
+        seen = await ran(control, post("/v1/embeddings", {"model": "m", "stream": stream}))
+    assert (seen.answer.status, seen.answer.json) == (200, vectors)
+
+
 async def test_document_when_the_worker_keeps_no_aggregate_is_read_from_the_stream() -> None:
     """Without `return_aggregate_stream` the output of a generator's job is an empty list."""
     async with control_plane(yields(CHAT, output=[])) as control:
@@ -218,6 +229,11 @@ FAILED = {"status": 502, "fault": "error_body"}
             ends(error=f"handler: boom \ntraceback: {TRACE}"), FAILED, id="1.5 a generator raised"
         ),
         pytest.param(ends(status="FAILED"), FAILED, id="without a word"),
+        pytest.param(
+            ends([{"error": {"message": "no route to pod-7:8000", "type": "worker_error"}}]),
+            FAILED,
+            id="1.2 worker-vllm does not reach its server",
+        ),
         pytest.param(ends([{"error": "x"}]), FAILED, id="1.5 completed, with an error"),
         pytest.param(
             ends([{"error": {"message": "vLLM returned HTTP 500: {}", "type": "worker_error"}}]),
@@ -255,7 +271,7 @@ async def test_document_when_the_job_fails_is_an_error_and_goes_elsewhere(
             moved = await ran(control, chat(), row, row={"price_per_second": 0.1})
     assert (seen.answer.status, seen.attempt["fault"]) == (expected["status"], expected["fault"])
     told = json.dumps(seen.line) + seen.answer.body.decode()
-    for secret in ("Traceback", "handler.py", "pod-7", "w7"):
+    for secret in ("Traceback", "handler.py", "pod-7", "w7", "boom"):
         assert secret not in told
     assert moved.answer.json == CHAT
     assert [a["backend"] for a in moved.line["attempts"]] == ["queue", "other"]
@@ -400,7 +416,7 @@ async def test_look_when_it_stays_without_an_answer_gives_the_job_up(
 
 async def test_looks_when_a_job_runs_for_long_become_rarer() -> None:
     async with control_plane(runs_on) as control:
-        limits = {"first_content": 2, "cold_start": 2}
+        limits = {"first_content": 1.2, "cold_start": 1.2}
         await ran(control, chat(stream=True), row={"timeouts": limits})
         looks = [call.at for call in control.calls if call.operation == "stream"]
     assert len(looks) < 16, "no busy loop"

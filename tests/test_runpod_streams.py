@@ -96,6 +96,20 @@ async def test_stream_when_the_worker_yields_otherwise_becomes_events(
     assert seen.line["end"] == "complete"
 
 
+async def test_stream_when_the_last_pieces_come_between_two_looks_has_them() -> None:
+    """The bare list tells no status: `/stream` was empty, then `/status` says COMPLETED."""
+
+    def finishes(job: Job) -> None:
+        job.say(EVENTS)
+        job.end([])
+
+    async with control_plane(runs_on) as control:
+        control.bare = True
+        control.meanwhile["status"] = finishes
+        seen = await ran(control, chat(stream=True))
+    assert seen.answer.body == EVENTS.encode()
+
+
 async def test_stream_when_tools_are_called_in_a_whole_chat_numbers_them() -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
@@ -163,6 +177,14 @@ async def test_stream_when_the_job_fails_has_a_status_before_and_breaks_after_it
     assert (after.answer.status, after.answer.complete) == (200, False)
     assert after.answer.body.startswith("".join(begun).encode())
     assert after.line["end"] == "error"
+
+
+async def test_stream_when_the_job_fails_amid_a_text_of_ours_must_not_look_whole() -> None:
+    async with control_plane(yields("hel", gap=0.2, error=CRASH)) as control:
+        seen = await ran(control, chat(stream=True))
+    assert not seen.answer.complete
+    assert b"stop" not in seen.answer.body
+    assert seen.attempt["fault"] == "error_body"
 
 
 async def test_stream_when_a_piece_is_an_error_tells_its_status() -> None:
