@@ -159,7 +159,7 @@ async def _ask_aside(backend: Backend, session: aiohttp.ClientSession, path: str
 
 
 async def _ask(backend: Backend, session: aiohttp.ClientSession, path: str) -> Answer:
-    url = origin(backend) + backend.base_path.removesuffix("/v1") + path
+    url = backend.origin + backend.base_path.removesuffix("/v1") + path
     headers = plain(own_key(backend) + backend.headers)
     async with session.get(url, headers=headers, allow_redirects=False) as response:
         return await bounded(response)
@@ -215,13 +215,6 @@ async def bounded(response: aiohttp.ClientResponse) -> Answer:
     said = response.headers.get("Retry-After", "")
     wait = float(said) if _SECONDS.fullmatch(said) else None  # a date is not worth a clock
     return Answer(response.status, bytes(body), wait)
-
-
-def origin(backend: Backend) -> str:
-    """Scheme, host and port of a backend, as a URL begins."""
-    host = f"[{backend.host}]" if ":" in backend.host else backend.host
-    usual = backend.port == (443 if backend.scheme == "https" else 80)
-    return f"{backend.scheme}://{host}" + ("" if usual else f":{backend.port}")
 
 
 def plain(headers: Headers) -> dict[str, str]:

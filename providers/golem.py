@@ -35,7 +35,7 @@ from beacon_proxy.contracts import (
 from beacon_proxy.errors import ConfigError
 from beacon_proxy.regions import canonical_region
 
-from .checking import LOOK, Answer, bounded, check_models, judge_server, origin, own_key, plain
+from .checking import LOOK, Answer, bounded, check_models, judge_server, own_key, plain
 from .openai import CHAT, join_target, setting, url_problem
 from .reading import ask_chat, read_answer
 
@@ -199,7 +199,7 @@ async def _ask(
     backend: Backend, session: aiohttp.ClientSession, path: str, method: str = "GET"
 ) -> tuple[Answer, set[str]]:
     """The answer to a free question, and the methods that it allows."""
-    url = origin(backend) + backend.base_path.removesuffix("/v1") + path
+    url = backend.origin + backend.base_path.removesuffix("/v1") + path
     headers = plain(own_key(backend) + backend.headers)
     async with session.request(method, url, headers=headers, allow_redirects=False) as response:
         allowed = ",".join(response.headers.getall("Allow", ())).upper().split(",")

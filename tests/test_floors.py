@@ -45,15 +45,6 @@ SHARED_BY_PROVIDERS = {
     "providers.openai",
     "providers.checking",
     "providers.reading",
-    "providers.modal_stats",
-    "providers.runpod_answer",
-    "providers.runpod_call",
-    "providers.runpod_events",
-    "providers.runpod_health",
-    "providers.runpod_input",
-    "providers.runpod_job",
-    "providers.runpod_pace",
-    "providers.runpod_queue",
 }
 
 
@@ -123,7 +114,9 @@ def is_allowed(found: Import) -> bool:
     if top == "beacon_proxy":
         return part(found.target) in GROUND
     if importer == "providers":
-        return top in OUTSIDE_OF_PROVIDERS or found.target in SHARED_BY_PROVIDERS
+        family = found.importer.split(".")[:2]  # a family may have a folder of its own
+        own = len(found.importer.split(".")) > 2 and found.target.split(".")[:2] == family
+        return top in OUTSIDE_OF_PROVIDERS or found.target in SHARED_BY_PROVIDERS or own
     return False
 
 

@@ -85,7 +85,7 @@ async def test_check_when_there_are_no_models_says_what_is_there(
 
 async def test_check_when_no_answer_comes_is_no_strike(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may have been scaled down just now: then this is a cold start."""
-    monkeypatch.setattr("providers.modal._CHECK_TIME", 0.05)
+    monkeypatch.setattr("providers.modal.provider._CHECK_TIME", 0.05)
     async with asked(b"", Modal()) as (_, ask):
         check = await ask()
     assert (check.verdict, check.fault) == (Verdict.NEUTRAL, Fault.TIMEOUT)

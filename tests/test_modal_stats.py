@@ -18,7 +18,7 @@ from modal_proto import api_pb2
 
 from beacon_proxy.contracts import Capacity, Fault, Verdict, Warmth
 from beacon_proxy.errors import ConfigError
-from providers.modal_stats import check_stats
+from providers.modal.stats import check_stats
 
 from .kit import RawBackend, RawClient, answer, eventually, json_bytes, proxy, request
 from .kit_modal_control import ControlPlane

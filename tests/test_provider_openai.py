@@ -33,7 +33,7 @@ from beacon_proxy.contracts import (
     Verdict,
     Warmth,
 )
-from providers.checking import hot_models, origin, plain
+from providers.checking import hot_models, plain
 from providers.openai import OpenAI, join_target, url_problem
 from providers.reading import read_answer
 
@@ -545,10 +545,10 @@ def test_plain_when_a_value_is_empty_leaves_the_header_out() -> None:
 
 
 def test_origin_when_host_is_ipv6_or_port_the_usual_one_spells_a_url() -> None:
-    assert origin(replace(BACKEND, host="::1", port=8000)) == "http://[::1]:8000"
-    assert origin(replace(BACKEND, host="a", port=80)) == "http://a"
-    assert origin(replace(BACKEND, scheme="https", host="a", port=443)) == "https://a"
-    assert origin(replace(BACKEND, scheme="https", host="a", port=80)) == "https://a:80"
+    assert replace(BACKEND, host="::1", port=8000).origin == "http://[::1]:8000"
+    assert replace(BACKEND, host="a", port=80).origin == "http://a"
+    assert replace(BACKEND, scheme="https", host="a", port=443).origin == "https://a"
+    assert replace(BACKEND, scheme="https", host="a", port=80).origin == "https://a:80"
 
 
 # What an answer says

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from providers.runpod_pace import Budget, Operation, Pace
+from providers.runpod.pace import Budget, Operation, Pace
 
 from .kit import RawClient, chat, eventually, proxy
 from .kit_jobs import CHAT, CRASH, begins, ends, yields

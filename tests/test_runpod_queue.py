@@ -370,7 +370,7 @@ async def test_submission_when_it_is_not_taken_tells_why(
 async def test_look_when_the_control_plane_stumbles_or_is_busy_is_repeated(
     stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("providers.runpod_call._PAUSE", 0.01)
+    monkeypatch.setattr("providers.runpod.call._PAUSE", 0.01)
 
     async def play(job: Job) -> None:
         job.start()
@@ -406,7 +406,7 @@ async def test_look_when_it_stays_without_an_answer_gives_the_job_up(
     cancels: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("providers.runpod_call._PAUSE", 0.01)
+    monkeypatch.setattr("providers.runpod.call._PAUSE", 0.01)
     async with control_plane(runs_on) as control:
         control.answers("stream", status, times=times)
         seen = await ran(control, chat(stream=True))

@@ -19,7 +19,7 @@ import aiohttp
 import openai
 import pytest
 
-from providers.runpod_pace import Pace
+from providers.runpod.pace import Pace
 
 from .kit import RawClient, eventually, proxy, request
 from .kit_runpod import (

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from providers.runpod_pace import Pace
+from providers.runpod.pace import Pace
 
 from .kit import Answer, RawClient, chat, chat_events, eventually, proxy
 from .kit_jobs import CHAT, CRASH, VLLM_400, begins, ends, post, prompt, ran, runs_on, yields

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from beacon_proxy.contracts import Dialect, Headers, Submission, Usage
 
-from .reading import load
-from .runpod_answer import (
+from ..reading import load
+from .answer import (
     CHAT,
     SSE,
     STREAMS,
@@ -25,7 +25,7 @@ from .runpod_answer import (
     is_event,
     read,
 )
-from .runpod_input import route_of
+from .input import route_of
 
 _DONE = b"data: [DONE]\n\n"
 _FINISHED = re.compile(rb'(?<!\\)"finish_reason"\s*:\s*"')

@@ -15,8 +15,8 @@ from typing import Any
 
 from beacon_proxy.contracts import Dialect, Reading, Submission, Usage
 
-from .reading import load, read_answer
-from .runpod_input import route_of
+from ..reading import load, read_answer
+from .input import route_of
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"

@@ -13,9 +13,9 @@ from urllib.parse import quote
 
 from beacon_proxy.contracts import CLEAN_UP, Clock, Fault, Headers
 
-from .reading import load
-from .runpod_job import Failure, Job
-from .runpod_pace import Budget, Operation
+from ..reading import load
+from .job import Failure, Job
+from .pace import Budget, Operation
 
 if TYPE_CHECKING:
     import aiohttp

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from beacon_proxy.contracts import Backend, Clock, Dialect, Fault, Headers, Reply, Submission
 
-from .runpod_answer import NoAnswer, document_of
-from .runpod_call import Call, Endpoint, Failed, Refused
-from .runpod_events import is_stream, stream_for
-from .runpod_input import body_of
-from .runpod_job import Failure, Job, error_in
-from .runpod_pace import Operation, Pace
+from .answer import NoAnswer, document_of
+from .call import Call, Endpoint, Failed, Refused
+from .events import is_stream, stream_for
+from .input import body_of
+from .job import Failure, Job, error_in
+from .pace import Operation, Pace
 
 if TYPE_CHECKING:
     import aiohttp

@@ -17,7 +17,7 @@ from typing import Any
 
 from beacon_proxy.contracts import Fault
 
-from .reading import load
+from ..reading import load
 
 FINAL = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
 _COLD = 1000.0  # ms in the queue from which on a worker had to start

@@ -12,7 +12,7 @@ from typing import Any
 
 from beacon_proxy.contracts import Backend, Capacity, Check, Fault, Verdict, Warmth
 
-from .checking import Answer
+from ..checking import Answer
 
 _STATES = ("running", "ready", "idle", "initializing", "throttled", "unhealthy")
 NOT_FOUND: Any = {"detail": "Not Found"}  # of FastAPI: the SDK's local server has no such route

@@ -51,10 +51,10 @@ from beacon_proxy.contracts import (
 from beacon_proxy.errors import ConfigError
 from beacon_proxy.regions import canonical_region
 
-from .checking import LOOK, bounded, judge_server, listed_models, origin, plain
-from .modal_stats import check_stats, stats_problem
-from .openai import CHAT, join_target, setting, url_problem
-from .reading import ask_chat, read_answer
+from ..checking import LOOK, bounded, judge_server, listed_models, plain
+from ..openai import CHAT, join_target, setting, url_problem
+from ..reading import ask_chat, read_answer
+from .stats import check_stats, stats_problem
 
 if TYPE_CHECKING:
     import aiohttp
@@ -198,7 +198,7 @@ class Modal:
         if now - self._asked.get(backend.name, -inf) < _ASK_AGAIN:
             return None
         self._asked[backend.name] = now
-        url = origin(backend) + backend.base_path.removesuffix("/v1") + "/v1/models"
+        url = backend.origin + backend.base_path.removesuffix("/v1") + "/v1/models"
         fields = plain(self.credentials(backend) + backend.headers)
         try:
             async with (

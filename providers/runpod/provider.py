@@ -36,11 +36,11 @@ from beacon_proxy.contracts import (
 from beacon_proxy.errors import ConfigError
 from beacon_proxy.regions import canonical_region
 
-from .checking import LOOK, bounded, judge_server, origin, plain
-from .openai import CHAT, join_target, setting, url_problem
-from .reading import ask_chat, load, read_answer
-from .runpod_health import NOT_FOUND, is_queue, read_health
-from .runpod_queue import Queue
+from ..checking import LOOK, bounded, judge_server, plain
+from ..openai import CHAT, join_target, setting, url_problem
+from ..reading import ask_chat, load, read_answer
+from .health import NOT_FOUND, is_queue, read_health
+from .queue import Queue
 
 if TYPE_CHECKING:
     import aiohttp
@@ -182,7 +182,7 @@ class RunPod:
     ) -> None:
         headers = plain((*_authorization(submission), *self.credentials(backend), *backend.headers))
         headers["Content-Type"] = "application/json"
-        url = origin(backend) + _job_path(backend)
+        url = backend.origin + _job_path(backend)
         await self._queue.carry(url, headers, backend, submission, reply, session)
 
     # -- the translated route --------------------------------------------------------------------
@@ -250,17 +250,17 @@ def _is_own_control(backend: Backend) -> bool:
     """Whether the URL tells no kind, and its own /health is where `control_url` says."""
     if backend.host.endswith(f".{_LOAD_BALANCER}") or _speaks_openai(backend):
         return False
-    return backend.control_url == origin(backend) + backend.base_path
+    return backend.control_url == backend.origin + backend.base_path
 
 
 def _health_url(backend: Backend) -> str | None:
     if backend.control_url:
         return f"{backend.control_url}/health"
     if backend.kind == "queue":
-        return f"{origin(backend)}{_job_path(backend)}/health"
+        return f"{backend.origin}{_job_path(backend)}/health"
     found = _ENDPOINT.fullmatch(backend.base_path)
     if found and _speaks_openai(backend):
-        return f"{origin(backend)}{found['job']}/health"
+        return f"{backend.origin}{found['job']}/health"
     endpoint, _, domain = backend.host.partition(".")
     if domain == _LOAD_BALANCER:
         return f"{_DEFAULT_BASE}/{endpoint}/health"
