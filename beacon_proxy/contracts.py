@@ -243,7 +243,7 @@ class Live:
     capacity: Capacity | None = None  # as its provider last told
     warmth: Warmth = Warmth.UNKNOWN  # as last learnt; `warmth_at` says what holds now
     warmth_until: float = inf  # monotonic s: how long that is believed
-    cold_from: float = inf  # monotonic s from which on it has to start first, for rankers
+    cold_from: float = inf  # monotonic s; before it nobody need ask `cold_at`
     cold_starts: ColdStarts = field(default_factory=ColdStarts)
     lacking: dict[str, float] = field(default_factory=dict)  # model it said it lacks: until (s)
     latency: float | None = None  # s, moving average of the first-content time of good attempts
@@ -258,6 +258,11 @@ class Live:
             self.cold_from = until
         else:
             self.cold_from = inf if warmth is Warmth.UNKNOWN else 0.0
+
+    def cold_at(self, now: float) -> bool:
+        """Whether it is held to have to start first; for rankers, behind a look at `cold_from`."""
+        warmth = self.warmth_at(now)
+        return warmth is Warmth.COLD or warmth is Warmth.WARMING
 
     def warmth_at(self, now: float) -> Warmth:
         """Whether it is warm now: who was warm and heard nothing for long is held to be cold."""

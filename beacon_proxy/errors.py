@@ -6,7 +6,9 @@ I/O call that raised it.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from .contracts import Fault, Stage
 
@@ -108,3 +110,13 @@ class ConfigError(Exception):
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+def told(exc: BaseException) -> str:
+    """An exception of a plugin, or of ours, for the log: what it is and where it was raised.
+
+    Not what it says: that may quote a key, a body or a URL.
+    """
+    frames = traceback.extract_tb(exc.__traceback__)
+    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(exc).__name__}{where}"

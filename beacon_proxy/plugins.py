@@ -9,9 +9,11 @@ instead (`clock`, `rng`, `region`, `notify`), where the dataclass declares it.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, get_type_hints
 
@@ -173,8 +175,43 @@ def build_provider(cls: type) -> Provider:
     lacking = sorted(part for part in needed if not hasattr(provider, part))
     if lacking:
         raise ConfigError(f"{name} is no provider: it lacks {', '.join(lacking)}")
+    if wrong := [*_wrong_facts(provider), *_wrong_methods(provider)]:
+        raise ConfigError([f"{name}: {problem}" for problem in wrong])
     return provider
 
 
+def _wrong_facts(provider: Any) -> Iterator[str]:
+    """Attributes that are not of their kind: found out later, they cost a client its answer."""
+    for key in ("price_per_second", "cold_start", "stays_warm"):
+        value = getattr(provider, key, 0.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            yield f"{key} must be a number of at least 0, got {value!r}"
+    if provider.pool not in ("baseline", "burst"):
+        yield f"pool must be baseline or burst, got {provider.pool!r}"
+    for key in ("kinds", "environment"):
+        value = getattr(provider, key)
+        if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
+            yield f"{key} must be a tuple of texts, got {value!r}"
+    if not provider.kinds:
+        yield "kinds must name at least one; the first is the default"
+
+
+def _wrong_methods(provider: Any) -> Iterator[str]:
+    """Methods that nobody would await, and names that are almost a hook's: nobody calls those."""
+    for key in sorted((_PARTS | _HOOKS) - _AWAITED):
+        if inspect.iscoroutinefunction(getattr(provider, key, None)):
+            yield f"{key} must not be async"
+    public = {key for key in vars(type(provider)) if key[0] != "_"} - _PARTS - _HOOKS
+    for key in sorted(public):
+        close = get_close_matches(key, _HOOKS, n=1, cutoff=0.8)
+        if close and not hasattr(provider, close[0]):
+            yield f"{key} is called by nobody; did you mean {close[0]}?"
+
+
+_AWAITED = {"check", "carry"}
+_HOOKS = {
+    *("carries", "carry", "hop", "fields", "takes", "wakes"),
+    *("cold_start", "stays_warm", "scales", "control_schemes", "reads_session"),
+}
 _PARTS = {*Provider.__annotations__, *(part for part in vars(Provider) if part[0] != "_")}
 _PAIRS = ({"carries", "carry"},)  # one alone would never be asked

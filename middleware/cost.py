@@ -158,7 +158,7 @@ class Cost:
             return (
                 c.priority,
                 0 if backend.pool == first else 1 if backend.pool == second else 2,
-                live.cold_from <= now,
+                live.cold_from <= now and live.cold_at(now),
                 c.distance,
                 backend.price_per_second,
                 live.in_flight,
@@ -176,7 +176,8 @@ def _by_price(c: Candidate, now: float) -> tuple[float, ...]:
     if c.last_resort:
         return _LAST
     price, live = c.backend.price_per_second, c.live
-    return c.priority, price, live.cold_from <= now, c.distance, live.in_flight, live.picked
+    cold = live.cold_from <= now and live.cold_at(now)
+    return c.priority, price, cold, c.distance, live.in_flight, live.picked
 
 
 def _by_latency(c: Candidate, now: float) -> tuple[float, ...]:
@@ -191,7 +192,7 @@ def _by_latency(c: Candidate, now: float) -> tuple[float, ...]:
         return _LAST
     live = c.live
     idle = live.in_flight == 0
-    unknown, cold = live.latency is None, live.cold_from <= now
+    unknown, cold = live.latency is None, live.cold_from <= now and live.cold_at(now)
     if unknown and idle and not live.last_used:
         score = _UNPROVEN if cold else 0.0
     else:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from beacon_proxy.contracts import Backend, Check, Live, Verdict
 from beacon_proxy.fleet.fleet import Fleet
 from beacon_proxy.fleet.spelling import learn
+from providers.openai import OpenAI
 
 from .kit import (
     LAST_CHUNK,
@@ -308,3 +309,23 @@ def test_knows_when_a_source_has_not_answered_yet_cannot_say_no(unasked: int) ->
     told.fleet.unasked = unasked
     assert told.fleet.knows("m")
     assert told.fleet.knows("other") == bool(unasked)
+
+
+async def test_check_when_its_row_is_revised_meanwhile_learns_for_the_row_as_it_is() -> None:
+    gate = asyncio.Event()
+
+    class Waiting(OpenAI):
+        async def check(self, backend: Backend, session: Any) -> Check:
+            await gate.wait()
+            return Check(Verdict.GOOD, models=("real",))
+
+    fleet = Fleet([], {"openai": Waiting()})
+    fleet.follow([backend("a")])
+    (candidate,) = fleet.candidates()
+    checking = asyncio.create_task(fleet.check(candidate, 5.0), name="check")
+    await asyncio.sleep(0)
+    fleet.follow([backend("a", aliases=(("nick", "real"),))])
+    gate.set()
+    await checking
+    assert [c.backend.name for c in fleet.serving("nick", ())] == ["a"]
+    await fleet.close()

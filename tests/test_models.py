@@ -10,7 +10,7 @@ import asyncio
 import json
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import aiohttp
 import pytest
@@ -18,10 +18,12 @@ import pytest
 from beacon_proxy.api.intake import look
 from beacon_proxy.contracts import (
     Backend,
+    Check,
     Exchange,
     Headers,
     Reply,
     Submission,
+    Verdict,
 )
 from beacon_proxy.errors import ConfigError
 from beacon_proxy.plugins import Plugins
@@ -37,6 +39,7 @@ from .kit import (
     Proxy,
     RawBackend,
     RawClient,
+    chat,
     eventually,
     header,
     json_answer,
@@ -533,3 +536,51 @@ def test_backend_with_aliases_is_a_fact_like_any_other() -> None:
     one = Backend("b", "openai", "http://h", "http", "h", 80, aliases=(("a", "b"),))
     assert replace(one) == one
     assert hash(one) == hash(replace(one))
+
+
+SPOKEN = {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]}
+
+
+class Slow(OpenAI):
+    """Lists `new` from the second question on, half a second after it was put."""
+
+    asked = 0
+
+    async def check(self, backend: Backend, session: Any) -> Check:
+        type(self).asked += 1
+        await asyncio.sleep(0.0 if self.asked == 1 else 0.3)
+        return Check(Verdict.GOOD, models=("old",) if self.asked == 1 else ("old", "new"))
+
+
+async def test_model_when_who_looked_for_it_leaves_the_others_still_learn_of_it() -> None:
+    kind = type("Kind", (Slow,), {})
+    async with RawBackend(json_answer(SPOKEN)) as server:
+        row = {"provider": "slow", "url": server.url}
+        kinds: dict[str, type] = {"slow": kind}
+        async with proxy(row, providers=kinds) as p:
+            await eventually(lambda: p.app.fleet.candidates()[0].live.models)
+            async with RawClient(p.port) as first:
+                await first.send(chat(model="new"))
+                await eventually(lambda: kind.asked == 2)
+            async with RawClient(p.port) as second:
+                assert (await second.ask(chat(model="new"))).status == 200
+
+
+async def test_model_when_many_backends_are_silent_it_is_found_on_the_one_that_speaks() -> None:
+    class Silent(OpenAI):
+        asked: ClassVar[dict[str, int]] = {}
+
+        async def check(self, backend: Backend, session: Any) -> Check:
+            count = self.asked[backend.name] = self.asked.get(backend.name, 0) + 1
+            if count == 1:
+                return Check(Verdict.GOOD, models=("old",))
+            if backend.name != "b39":
+                await asyncio.Event().wait()
+            return Check(Verdict.GOOD, models=("new",))
+
+    async with RawBackend(json_answer(SPOKEN)) as server:
+        rows = [{"provider": "silent", "url": server.url} for _ in range(40)]
+        async with proxy(*rows, providers={"silent": Silent}) as p, RawClient(p.port) as client:
+            await eventually(lambda: all(c.live.models for c in p.app.fleet.candidates()))
+            got = await client.ask(chat(model="new"))
+            assert (got.status, got.header("x-beacon-backend")) == (200, [b"b39"])

@@ -240,6 +240,38 @@ def test_provider_when_it_has_half_a_transport_is_a_clear_error(has: str, lacks:
         build_provider(type("Half", (Bare,), {has: Bare._any}))
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "told"),
+    [
+        ("price_per_second", "x", "price_per_second must be a number of at least 0, got 'x'"),
+        ("price_per_second", True, "price_per_second must be a number"),
+        ("cold_start", -1, "cold_start must be a number"),
+        ("stays_warm", "60", "stays_warm must be a number"),
+        ("pool", "cheap", "pool must be baseline or burst, got 'cheap'"),
+        ("kinds", "auto", "kinds must be a tuple of texts, got 'auto'"),
+        ("kinds", (), "kinds must name at least one"),
+        ("environment", ("A", 1), "environment must be a tuple of texts"),
+        ("wake", Bare._any, "wake is called by nobody; did you mean wakes?"),
+        ("feilds", Bare._any, "feilds is called by nobody; did you mean fields?"),
+    ],
+)
+def test_provider_when_a_part_is_not_of_its_kind_is_a_clear_error(
+    part: str, value: Any, told: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_provider(type("Odd", (Bare,), {part: value}))
+    (problem,) = caught.value.problems
+    assert f":Odd: {told}" in problem
+
+
+@pytest.mark.parametrize("part", ["read", "ask", "hop", "takes"])
+def test_provider_when_a_method_is_async_that_nobody_awaits_is_a_clear_error(part: str) -> None:
+    async def method(self: Any, *args: Any) -> None: ...
+
+    with pytest.raises(ConfigError, match=f"{part} must not be async"):
+        build_provider(type("Odd", (Bare,), {part: method}))
+
+
 def test_provider_when_it_inherits_may_leave_out_what_has_a_body() -> None:
     class Least(Provider):
         name, price_per_second, pool = "least", 0.0, "burst"

@@ -12,10 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beacon_proxy.wire import rename
-from beacon_proxy.wire.rename import Renaming, members, renaming
+from beacon_proxy.wire.rename import Renaming, members, model_spans
 
 NEW = 'meta-llama/"Llama"\\3.2 ☀'
 TOLD = json.dumps(NEW).encode()
+
+
+def renaming(body: bytes, whole: bool, name: str) -> Renaming | None:
+    spans = model_spans(body, whole)
+    return Renaming(spans, name) if spans else None
 
 
 def renamed(body: bytes, whole: bool = True) -> bytes:

@@ -36,6 +36,7 @@ from .kit import (
     chat,
     chunk,
     each_request,
+    eventually,
     json_bytes,
     proxy,
     request,
@@ -272,3 +273,72 @@ async def test_check_when_it_tells_warmth_and_capacity_providers_show_them() -> 
     assert 'beacon_backend_capacity{backend="b0",what="idle"} 2.0' in text
     assert told["warmth"] == "cold"
     assert told["capacity"] == {"running": 0, "idle": 2, "queued": 1}
+
+
+@pytest.mark.parametrize("warmth", [Warmth.COLD, Warmth.WARMING])
+def test_ranking_when_what_was_learnt_is_believed_no_more_it_ranks_as_before(
+    warmth: Warmth,
+) -> None:
+    """Once told to be starting it ranked last for ever, though it was shown as unknown."""
+    live = Live()
+    live.learn_warmth(warmth, 600.0)
+    assert live.cold_at(599.0)
+    assert not live.cold_at(601.0)
+    cost = Cost(clock=lambda: 601.0)
+    one, other = Candidate(backend("one"), live), Candidate(backend("other"), Live(picked=1))
+    ranked = cost.select(exchange(True), [other, one])
+    assert [c.backend.name for c in ranked] == ["one", "other"]
+
+
+async def test_check_when_a_server_that_was_loading_lists_its_models_it_starts_no_more() -> None:
+    from providers.openai import OpenAI
+
+    class Plain(OpenAI):
+        async def check(self, backend: Backend, session: Any) -> Check:
+            return Check(Verdict.GOOD, models=("m",))
+
+    row = {"provider": "plain", "url": "http://127.0.0.1:9"}
+    async with proxy(row, providers={"plain": Plain}, middleware=["capacity"]) as p:
+        (candidate,) = p.app.fleet.candidates()
+        candidate.live.learn_warmth(Warmth.WARMING, inf)
+        await p.app.fleet.check(candidate, 1.0)
+        assert candidate.live.warmth is Warmth.UNKNOWN
+
+
+async def test_check_when_a_plugin_answers_nonsense_the_probes_go_on_and_keys_stay_secret() -> None:
+    from providers.openai import OpenAI
+
+    class Odd(OpenAI):
+        async def check(self, backend: Backend, session: Any) -> Check:
+            if backend.name == "b0":
+                return Check(Verdict.GOOD, models=(5,))  # type: ignore[arg-type]
+            raise RuntimeError(f"refused: {backend.api_key}")
+
+    rows = [
+        {"provider": "odd", "url": "http://127.0.0.1:9", "api_key": "sk-secret-1"},
+        {"provider": "odd", "url": "http://127.0.0.1:9", "api_key": "sk-secret-2"},
+    ]
+    async with proxy(*rows, providers={"odd": Odd}) as p, RawClient(p.port) as client:
+        await eventually(lambda: len(p.events("check.failed")) == 2)
+        told = (await client.ask(request("GET", "/providers"))).json["providers"]
+        assert p.events("probes.stopped") == []
+        said = [each["error"].partition(" at ")[0] for each in p.events("check.failed")]
+        assert sorted(said) == ["RuntimeError", "TypeError"]
+        assert "sk-secret" not in json.dumps([told, p.log], default=str)
+
+
+async def test_exchange_when_a_plugins_facts_are_none_the_client_is_not_left_hanging() -> None:
+    """What comes after the answer raised, and the next request of the connection never began."""
+    from dataclasses import replace
+
+    async def script(conn: BackendConn) -> None:
+        async for _ in each_request(conn):
+            await conn.send(json_bytes(ANSWER))
+
+    async with RawBackend(script) as server, proxy(server, middleware=["capacity"]) as p:
+        row, live = p.app.fleet.rows[0]
+        p.app.fleet.rows[0] = (replace(row, price_per_second=None), live)
+        async with RawClient(p.port) as client:
+            assert (await client.ask(chat())).status == 200
+            assert await client.closed()
+        assert p.events("server.failed")

@@ -15,7 +15,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from ..contracts import Clock, Dialect, End, Exchange, Headers
-from ..errors import BadRequest, MethodNotAllowed, ProxyError
+from ..errors import BadRequest, MethodNotAllowed, ProxyError, told
 from ..ops.telemetry import Telemetry
 from ..routing.attempt import Attempt
 from ..routing.chooser import Run
@@ -205,10 +205,14 @@ class Api:
         except Exception as exc:  # ours: the client still gets an error, the operator a line
             reason = "internal_error"
             run.end = _ERROR
-            self._telemetry.notify("server.failed", id=exchange.id, error=repr(exc)[:500])
+            self._telemetry.notify("server.failed", id=exchange.id, error=told(exc))
             self._refuse(exchange, sink, ProxyError("internal error"))
         finally:
-            self._tell(exchange, sink, run, reason, request.upload)
+            try:
+                self._tell(exchange, sink, run, reason, request.upload)
+            except Exception as exc:  # a plugin's facts that are none: its client must not wait
+                sink.keep_alive = False
+                self._telemetry.notify("server.failed", id=exchange.id, error=told(exc))
             request.upload.forget()
             if sink.broken:
                 sink.close()

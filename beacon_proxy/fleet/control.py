@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 
 from ..contracts import Backend, Check, Fault, Notify, Provider, Verdict
+from ..errors import told
 from ..wire.faults import fault_of
 from ..wire.pool import IDLE_LIMIT, tls_context
 
@@ -19,6 +20,14 @@ _Trust = tuple[bool, bool, str | None]  # https, verify, file of authorities
 def trust_of(backend: Backend) -> _Trust:
     """How the server is known to be who it says; a session is for one such way."""
     return (backend.scheme == "https", backend.tls_verify, backend.tls_ca_file)
+
+
+def _sound(check: Check) -> Check:
+    """A plugin's check as it is. Raises TypeError where it names models by what are no names."""
+    for names in (check.models, check.hot):
+        if names is not None and not all(isinstance(name, str) for name in names):
+            raise TypeError("a model's name that is no text")
+    return check
 
 
 class Control:
@@ -36,18 +45,20 @@ class Control:
 
     async def ask(self, backend: Backend, seconds: float) -> Check | None:
         """Put the free question of the backend's provider; see `contracts.Fleet.check`."""
-        session = self._session(backend, carries=False)
         try:
+            session = self._session(backend, carries=False)
             async with asyncio.timeout(seconds):
-                return await self._providers[backend.provider].check(backend, session)
+                check = await self._providers[backend.provider].check(backend, session)
+            return None if check is None else _sound(check)
         except TimeoutError:
             return Check(Verdict.STRIKE, fault=Fault.TIMEOUT, detail=f"no answer in {seconds} s")
         except (aiohttp.ClientError, OSError, ValueError) as exc:
             fault, detail = fault_of(exc)
             return Check(Verdict.STRIKE, fault=fault, detail=detail)
         except Exception as exc:  # a plugin's fault must not end the probes of all others
-            self._notify("check.failed", backend=backend.name, error=repr(exc)[:200])
-            return Check(Verdict.NEUTRAL, detail=f"the check itself failed: {exc!r}"[:200])
+            self._notify("check.failed", backend=backend.name, error=told(exc))
+            # Shown to anyone: what the exception says may hold what the plugin was given.
+            return Check(Verdict.NEUTRAL, detail=f"the check itself failed: {type(exc).__name__}")
 
     def _session(self, backend: Backend, *, carries: bool) -> aiohttp.ClientSession:
         key = (trust_of(backend), carries)
@@ -58,7 +69,8 @@ class Control:
 
     def _make(self, trust: _Trust, carries: bool) -> aiohttp.ClientSession:
         secure, verify, ca_file = trust
-        options: dict[str, Any] = {"force_close": True, "limit": 32}
+        # No limit of connections: who waits for one would be told to be slow.
+        options: dict[str, Any] = {"force_close": True, "limit": 0}
         if carries:
             options = {"keepalive_timeout": IDLE_LIMIT, "limit": 0}
         # A context costs 25 ms: none where none is used.

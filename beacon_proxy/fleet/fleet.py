@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Iterable, Mapping
+from math import inf
 
 from ..contracts import (
     Backend,
@@ -29,7 +30,7 @@ from .spelling import learn
 
 # Looked up once: a member of an enumeration is slow to reach.
 _GOOD, _LOADING = Verdict.GOOD, Fault.LOADING
-_WARM, _WARMING = Warmth.WARM, Warmth.WARMING
+_WARM, _WARMING, _UNKNOWN = Warmth.WARM, Warmth.WARMING, Warmth.UNKNOWN
 WARMING_TIME = 600.0  # s that "it is starting" is believed without further news
 _TOLD_START = 1.0  # s; a start longer than this is worth a line in the log
 _LACKING_TIME = 300.0  # s that a model stays unlikely on a backend that said it has not got it
@@ -38,6 +39,7 @@ _FIRST_GUESS = 5.0  # s, for the price of an answer while none has been seen
 _WEIGHT = 0.2  # of the newest outcome in the moving averages: about the last ten count
 _LOOK_PAUSE = 5.0  # s between two looks for a model that nobody serves
 _LOOK_TIME = 2.0  # s that such a look takes at most
+_LOOK_AT_ONCE = 64  # backends asked side by side
 
 
 class Fleet(Roster):
@@ -57,7 +59,7 @@ class Fleet(Roster):
         hooks = {name: Hooks.of(each, control.carriage) for name, each in providers.items()}
         super().__init__(backends, providers, hooks, clock, unix, notify)
         self._asking: dict[str, asyncio.Task[Check | None]] = {}
-        self._looking = asyncio.Lock()
+        self._looking: asyncio.Task[None] | None = None
         self._look_again = 0.0
 
     def serving(self, model: str | None, tried: Collection[str]) -> list[Candidate]:
@@ -158,6 +160,7 @@ class Fleet(Roster):
         check = await self._control.ask(backend, seconds)
         if check is None:
             return None
+        backend = self.current(backend, live)  # its row may have been revised meanwhile
         live.check = check
         live.last_check = self._unix()
         live.check_latency = check.latency if check.latency is not None else self.now() - started
@@ -165,6 +168,8 @@ class Fleet(Roster):
             live.learn_warmth(check.warmth, self.now() + WARMING_TIME)
         elif check.fault is _LOADING:
             live.learn_warmth(_WARMING, self.now() + WARMING_TIME)
+        elif check.verdict is _GOOD and check.models is not None and live.warmth is _WARMING:
+            live.learn_warmth(_UNKNOWN, inf)  # it starts no more
         if check.kind is not None and backend.kind != check.kind:
             self.found_kind(live, check.kind)
         if check.capacity is not None:
@@ -176,23 +181,34 @@ class Fleet(Roster):
         """Whether some backend serves the model after all, by asking those that tell.
 
         It may be new there since they were last asked. One look at a time, and not soon again: who
-        comes meanwhile waits for it, and learns from it.
+        comes meanwhile waits for it, and learns from it. Who leaves does not end it.
         """
-        async with self._looking:
-            if self.knows(model):
-                return True
+        if self._looking is None:
             if self.now() < self._look_again:
                 return False
-            now = self.now()
-            self._look_again = now + _LOOK_PAUSE
-            async with asyncio.TaskGroup() as group:
+            self._looking = asyncio.create_task(self._look(), name="look for a model")
+        await asyncio.shield(self._looking)
+        return self.knows(model)
+
+    async def _look(self) -> None:
+        gate = asyncio.Semaphore(_LOOK_AT_ONCE)
+
+        async def ask(candidate: Candidate) -> None:
+            async with gate:
+                await self.check(candidate, _LOOK_TIME)
+
+        now = self.now()
+        try:
+            async with asyncio.timeout(_LOOK_TIME), asyncio.TaskGroup() as group:
                 for candidate in self.candidates():
                     backend = candidate.backend
                     if backend.models is None and candidate.live.ejected_until <= now:
-                        group.create_task(
-                            self.check(candidate, _LOOK_TIME), name=f"look {backend.name}"
-                        )
-        return self.knows(model)
+                        group.create_task(ask(candidate), name=f"look {backend.name}")
+        except TimeoutError:
+            pass  # who did not say in time may say it to a probe
+        finally:
+            self._look_again = self.now() + _LOOK_PAUSE
+            self._looking = None
 
     def ask_soon(self, candidate: Candidate) -> None:
         """Ask a backend whether what it said still holds, unless it was asked just now."""
@@ -205,7 +221,7 @@ class Fleet(Roster):
 
     async def close(self) -> None:
         """End what is being asked, and close the sessions of the control plane."""
-        asking = [*self._asking.values()]
+        asking = [*self._asking.values(), *([self._looking] if self._looking else [])]
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)

@@ -75,6 +75,10 @@ class Roster:
         self._end_rents_in_time()
         return [Candidate(backend, live) for backend, live in self.rows]
 
+    def current(self, backend: Backend, live: Live) -> Backend:
+        """The facts that hold now of the backend with this live state; its own where it left."""
+        return next((row for row, its in self.rows if its is live), backend)
+
     def draining(self) -> list[Candidate]:
         """One new candidate for each backend that is leaving."""
         return [Candidate(backend, live) for backend, live in self.leaving]

@@ -3,9 +3,9 @@
 A body is never written anew from what was parsed: every byte around the value stays as it came.
 Only the outermost object counts; a `model` in a tool, in metadata or in a message is another's.
 
-Rule 1: what is whole and no JSON is left alone. Of a body that is too large to be kept, or holds
-    more than `TURNS_MOST` things, only the beginning is looked at; it goes as it is if its model
-    does not stand there.
+Rule 1: what is no JSON is left alone, as far as it is parsed at all: up to `LOOK_CAP`. Of a larger
+    one, and of one that holds more than `TURNS_MOST` things, the beginning is believed; it goes as
+    it is if its model does not stand there. By the same look its backend was chosen.
 Rule 2: where the key stands twice, both values are replaced: parsers differ in which they take.
 """
 
@@ -21,7 +21,7 @@ import orjson
 LOOK_CAP = 256 << 10  # bytes looked at of a body that streams; and of others the most parsed
 Span = tuple[int, int]  # from, to: offsets in the body
 
-TURNS_MOST = 30_000  # members, brackets and strings looked at, about 15 ms; a long chat has 5000
+TURNS_MOST = 12_000  # members, brackets and strings looked at, about 25 ms; a long chat has 5000
 
 _VALUE_MOST = 64 << 10  # bytes
 
@@ -144,17 +144,17 @@ class Renaming:
             yield bytes(held)
 
 
-def renaming(body: bytes, whole: bool, name: str) -> Renaming | None:
-    """What puts `name` in place of the model; None: there is nothing to replace.
+def model_spans(body: bytes, whole: bool) -> list[Span]:
+    """Where the values stand that another name is put in place of.
 
     Args:
         body: all of it, or its beginning.
     """
     found, all_of_it = members(body, ("model",))
     spans = found["model"]
-    if not spans or (whole and all_of_it and not _is_json(body)):
-        return None
-    return Renaming(spans, name)
+    if spans and whole and all_of_it and len(body) <= LOOK_CAP and not _is_json(body):
+        return []
+    return spans
 
 
 def _is_json(body: bytes) -> bool:

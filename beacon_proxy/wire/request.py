@@ -31,7 +31,7 @@ from .headers import (
     passing,
     request_bytes,
 )
-from .rename import LOOK_CAP, Renaming, renaming
+from .rename import LOOK_CAP, Renaming, Span, model_spans
 from .upload import Upload
 
 CREDENTIALS = (
@@ -122,7 +122,7 @@ def _added(own: Headers, configured: Headers) -> Added:
 class Verbatim:
     """The client's own request."""
 
-    __slots__ = ("_exchange", "_forwarded", "_head", "_route", "upgrade", "upload")
+    __slots__ = ("_exchange", "_forwarded", "_head", "_route", "_spans", "upgrade", "upload")
 
     def __init__(
         self, exchange: Exchange, head: RequestHead, upload: Upload, route: Route | None
@@ -132,6 +132,7 @@ class Verbatim:
         self._route = route
         self.upload: Upload | None = upload
         self.upgrade = head.upgrade is not None
+        self._spans: list[Span] | None = None  # of the model's values, once looked for
         if head.forwarded is None:
             head.forwarded = forwarded_lines(head, exchange.client)
         self._forwarded = b"%bX-Request-Id: %b\r\n\r\n" % (
@@ -178,10 +179,12 @@ class Verbatim:
         name = spelled(candidate.live, model)
         if name == model or upload is None:
             return None
-        body = upload.body if body is None else body
-        if body is None:
-            return renaming(upload.beginning(LOOK_CAP), False, name)
-        return renaming(body, True, name)
+        spans = self._spans
+        if spans is None:
+            body = upload.body if body is None else body
+            beginning = upload.beginning(LOOK_CAP) if body is None else body
+            spans = self._spans = model_spans(beginning, body is not None)
+        return Renaming(spans, name) if spans else None
 
     def _length(self, edit: Renaming) -> Headers:
         """The fields that speak of the body's bytes."""
