@@ -227,6 +227,8 @@ class Health:
                 backend=record.name,
                 seconds=round(rest, 3),
                 status=outcome.status,
+                fault=outcome.fault,
+                detail=outcome.detail,
             )
 
     def _rest(self, record: _Record, seconds: float | None) -> None:

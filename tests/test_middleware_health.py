@@ -290,10 +290,11 @@ def test_rest_when_it_is_long_is_told_once_as_it_begins() -> None:
     scene.end("a", Verdict.BUSY, retry_after=60.0, status=429)
     scene.now += 30.0
     scene.end("a", Verdict.BUSY, retry_after=90.0, status=503)
-    assert scene.events == [("backend.rested", {"backend": "a", "seconds": 60.0, "status": 429})]
+    told = {"backend": "a", "seconds": 60.0, "status": 429, "fault": None, "detail": ""}
+    assert scene.events == [("backend.rested", told)]
     scene.now += 90.0
     scene.end("a", Verdict.BUSY, retry_after=8.0, status=503)
-    assert scene.events[1:] == [("backend.rested", {"backend": "a", "seconds": 8.0, "status": 503})]
+    assert scene.events[1:] == [("backend.rested", told | {"seconds": 8.0, "status": 503})]
 
 
 OPEN, KEYED = backend("a"), replace(backend("a"), api_key="ours")

@@ -66,7 +66,7 @@ async def test_check_when_asked_asks_for_the_models_once_an_hour_at_most() -> No
     ("raw", "verdict", "fault"),
     [
         pytest.param(said(404, STOPPED), Verdict.STRIKE, Fault.GONE, id="2.4 stopped"),
-        pytest.param(said(404, b"{}"), Verdict.NEUTRAL, Fault.STATUS, id="no list there"),
+        pytest.param(said(404, b"{}"), Verdict.GOOD, None, id="no list there"),
         pytest.param(said(401, NO_CREDENTIALS), Verdict.NEUTRAL, Fault.UNAUTHORIZED, id="2.4 key"),
         pytest.param(said(500, LOST), Verdict.NEUTRAL, Fault.STATUS, id="2.4 lost"),
         pytest.param(said(503), Verdict.NEUTRAL, Fault.LOADING, id="2.4 it starts after all"),
@@ -139,3 +139,10 @@ async def test_probes_when_a_request_is_in_flight_do_not_start_a_container_besid
             assert (warmth(p), edge.backend.probes) == ("warm", 0)
             live.in_flight = 0
             await eventually(lambda: edge.backend.probes == 1)
+
+
+async def test_check_when_the_models_are_configured_buys_no_answer_to_what_is_known() -> None:
+    """Each question is a paid input. It was put all the same, once an hour."""
+    async with asked(said(200, b'{"data": []}'), Modal(), models=frozenset({"m"})) as (edge, ask):
+        assert await ask() is None
+        assert edge.requests == []

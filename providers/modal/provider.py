@@ -194,6 +194,8 @@ class Modal:
         """Ask the control plane where that is configured, else for the models, and that seldom."""
         if backend.control_url:
             return await check_stats(backend.control_url, _CHECK_TIME)
+        if backend.models is not None:
+            return None  # each question is a paid input, and this one has its answer already
         now = self._clock()
         if now - self._asked.get(backend.name, -inf) < _ASK_AGAIN:
             return None
@@ -220,6 +222,8 @@ class Modal:
         if status == 200:
             return Check(Verdict.GOOD if models is not None else Verdict.NEUTRAL, models=models)
         found = self.judge(backend, status, (), body)
+        if status == 404 and found is None:
+            return Check(Verdict.GOOD, detail="the app answers; it lists no models (404)")
         fault = found.fault if isinstance(found, Finding) else found
         verdict = Verdict.STRIKE if fault is Fault.GONE else Verdict.NEUTRAL
         detail = found.detail if isinstance(found, Finding) else f"says {status}"

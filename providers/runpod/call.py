@@ -165,18 +165,23 @@ class Call:
                 raise Failed(failure)
             await asyncio.sleep(_PAUSE * 2.0 ** (stumbles - 1))
 
-    async def stop(self) -> None:
-        """Cancel the job unless it is over; raises nothing but its own cancellation."""
+    async def stop(self) -> str | None:
+        """Cancel the job unless it is over; raises nothing but its own cancellation.
+
+        Returns what may still run, and be paid for; None: nothing.
+        """
         from aiohttp import ClientError
 
         submitting, self._submitting = self._submitting, None
+        in_the_air = False
         if submitting is not None:
             try:
                 await asyncio.wait((submitting,), timeout=CLEAN_UP - _CANCEL_LIMIT)
             finally:
+                in_the_air = not submitting.done()
                 submitting.cancel()
         if self.over or not self._job.id:
-            return
+            return self.named if in_the_air else None
         budget = self._endpoint.budgets[Operation.CANCEL]
         for _ in range(2):
             await budget.take()
@@ -187,9 +192,15 @@ class Call:
             except (ClientError, OSError):
                 continue
             if status < 500 and status != 429:
-                return  # it is done, or there is nothing left to cancel
+                return None  # it is done, or there is nothing left to cancel
             if status == 429:
                 budget.rest(min(_rest(headers), _REST))
+        return self.named
+
+    @property
+    def named(self) -> str:
+        """The job, as an operator finds it in RunPod's console."""
+        return f"job {self._job.id}" if self._job.id else "a job whose id never came"
 
     @property
     def _name(self) -> str:
