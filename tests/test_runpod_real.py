@@ -87,6 +87,8 @@ async def test_stream_when_a_queue_worker_serves_it_comes_token_by_token(
     yielded, ended = job.yielded_at[content], job.yielded_at[-1]
     looks = [c.at for c in queue.calls if c.operation == "stream" and c.id == job.id]
     assert sum(yielded <= at <= first for at in looks) <= 2, "a look left behind what lay there"
+    assert first - yielded < Pace.QUEUED_MOST, "longer than the longest wait between two looks"
+    print(f"first token {1000 * (first - yielded):.0f} ms after the worker yielded it")
     gaps = [later - at for at, later in pairwise(looks) if yielded <= later <= ended]
     assert len(gaps) >= 2, "it came at once"
     assert min(gaps) < Pace.RUNNING_MOST
