@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from beacon_proxy.api.naming import answered_by
+
 from .kit import (
     LAST_CHUNK,
     SSE_HEAD,
@@ -224,6 +226,34 @@ async def test_row_when_it_is_wrong_is_left_out_and_told_once(tmp_path: Path) ->
             put(path, [row("a", backend), *wrong[:1]])
             await eventually(lambda: names(p) == ["a"], NEWS)
             assert len(p.events("discovery.skipped")) == 2
+
+
+async def test_row_when_its_region_holds_a_line_end_adds_no_line_to_an_answer(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "nodes.json"
+    async with RawBackend(chat_stream("hi", 3)) as backend:
+        bad = row("bad", backend, region="eu\r\nset-cookie: pwned=1")
+        put(path, [bad, row("good", backend, region="Europe")])
+        async with proxy(**by_file(path)) as p:
+            await eventually(lambda: names(p) != [], NEWS)
+            answer = await ask(p)
+            assert answer.header(b"X-Beacon-Region") == [b"eu-west"]
+            assert answer.header(b"Set-Cookie") == []
+            assert names(p) == ["good"]
+            (told,) = p.events("discovery.skipped")
+            assert told["problems"][0].startswith("[0].region: must be 1 to 100 letters")
+
+
+def test_answered_by_when_a_name_holds_a_line_end_is_four_lines() -> None:
+    lines = answered_by("b\r\nx: 1", "p\0", "süd", 2).split(b"\r\n")
+    assert lines == [
+        b"X-Beacon-Backend: b??x: 1",
+        b"X-Beacon-Provider: p?",
+        b"X-Beacon-Region: s?d",
+        b"X-Beacon-Attempts: 2",
+        b"",
+    ]
 
 
 async def test_rows_when_the_source_says_what_all_have_take_it_and_their_own_wins(

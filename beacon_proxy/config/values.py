@@ -25,6 +25,7 @@ from ..plugins import no_flag
 from ..regions import canonical_region
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_REGION = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 5.6.2
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 # What frames a message or belongs to one connection (RFC 9110 7.6.1): the core alone writes these.
@@ -108,6 +109,16 @@ def _name(value: str) -> str:
     return value
 
 
+def _region(value: str) -> str:
+    """The one spelling of a region; it stands in a header of every answer."""
+    region = canonical_region(value)
+    if not _REGION.fullmatch(region):
+        raise ValueError(
+            "must be 1 to 100 letters, digits, '.', '_' or '-', a letter or digit first"
+        )
+    return region
+
+
 def _token(value: str) -> str:
     if not _TOKEN.fullmatch(value):
         raise ValueError("must be a header name")
@@ -185,7 +196,7 @@ Moment = Annotated[
 Port = Annotated[int, Field(ge=0, le=65535), BeforeValidator(no_flag)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(no_flag)]
 Text = Annotated[str, Field(min_length=1)]
-Region = Annotated[str, Field(min_length=1), AfterValidator(canonical_region)]
+Region = Annotated[str, Field(min_length=1), AfterValidator(_region)]
 Url = Annotated[str, AfterValidator(_url)]
 ControlUrl = Annotated[str, AfterValidator(_control_url)]
 Source = Annotated[str, AfterValidator(_url_with_query)]
