@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
 from typing import Any
 
 import pytest
+
+from beacon_proxy.wire import names as wire_names
 
 from .kit import (
     OK,
@@ -176,6 +179,34 @@ class Names:
             self.go.wait(10)
             raise socket.gaierror(socket.EAI_AGAIN, "no answer")
         return self._real("127.0.0.1", port, *args, **more)
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64, ".", f"x.{'b' * 70}"])
+async def test_name_that_is_none_is_told_to_whoever_asks(host: str) -> None:
+    """`getaddrinfo` raises UnicodeError for it: nobody heard, and all waited for ever."""
+    names = wire_names.Names(asyncio.get_running_loop())
+    for _ in range(2):
+        async with asyncio.timeout(5):
+            with pytest.raises(socket.gaierror, match="is no host name"):
+                await names.resolve(host, 80)
+
+
+async def test_name_when_there_is_no_thread_to_look_it_up_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What had been asked for without a thread was waited for by all who came later."""
+    names = wire_names.Names(asyncio.get_running_loop())
+    monkeypatch.setattr(threading, "Thread", _NoThread)
+    async with asyncio.timeout(5):
+        with pytest.raises(OSError, match="can't start new thread"):
+            await names.resolve("localhost", 80)
+        monkeypatch.undo()
+        assert await names.resolve("localhost", 80)
+
+
+class _NoThread(threading.Thread):
+    def start(self) -> None:
+        raise RuntimeError("can't start new thread")
 
 
 async def test_name_that_does_not_resolve_holds_up_no_other_backend(

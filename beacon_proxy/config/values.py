@@ -68,6 +68,8 @@ def split_url(url: str) -> tuple[str, str, int, str]:
         raise ValueError("must hold no user or password; use api_key")
     if "?" in url or "#" in url:
         raise ValueError("must have no query and no fragment")
+    if not all(0 < len(label) < 64 for label in host.removesuffix(".").split(".")):
+        raise ValueError("must have a host whose labels are 1 to 63 characters long")  # RFC 1035
     if port == 0:
         raise ValueError("must have a port in 1..65535")
     return (

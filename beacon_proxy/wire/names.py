@@ -7,6 +7,7 @@ name is looked up by one thread at a time, whoever asks, and its last good addre
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import socket
 import threading
@@ -51,8 +52,13 @@ class Names:
         asked: asyncio.Future[Addresses] = self._loop.create_future()
         self._asked[key] = asked
         # A daemon: a lookup that hangs must not hold up the end of the process either.
-        name = f"lookup {key[0]}"
-        threading.Thread(target=self._look_up, args=(key, asked), name=name, daemon=True).start()
+        thread = threading.Thread(
+            target=self._look_up, args=(key, asked), name=f"lookup {key[0]}", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError as exc:  # no thread is to be had: who asks next tries again
+            self._told(key, asked, OSError(errno.EAGAIN, str(exc)))
         return asked
 
     def _look_up(self, key: tuple[str, int], asked: asyncio.Future[Addresses]) -> None:
@@ -61,6 +67,8 @@ class Names:
             found = _lookup(*key)
         except OSError as exc:
             found = exc
+        except UnicodeError as exc:  # no host name at all, as `a..b`
+            found = socket.gaierror(socket.EAI_NONAME, f"is no host name: {exc}")
         with suppress(RuntimeError):  # the loop has ended meanwhile
             self._loop.call_soon_threadsafe(self._told, key, asked, found)
 
