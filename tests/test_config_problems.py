@@ -44,6 +44,7 @@ ROW_PROBLEMS = [
     ("tls: {verify: maybe}", 'tls.verify: must be true or false, got "maybe"'),
     ("tls: {ca_file: /no}", 'tls.ca_file: cannot be read: No such file or directory, got "/no"'),
     (f"tls: {{ca_file: {__file__}}}", "tls.ca_file: must hold certificates in PEM form, got"),
+    ('tls: {ca_file: "a\\0b"}', "tls.ca_file: must be a path, got"),
     ("tls: 5", "tls: must be a mapping, got 5"),
     ("headers: {Host: x}", "headers.Host: must not be set: the proxy writes it itself"),
     ("headers: {TE: x}", "headers.TE: must not be set: the proxy writes it itself"),
@@ -64,7 +65,10 @@ ROW_PROBLEMS = [
     ("url: 'http://'", "url: must be http://host[:port][/path] or https://host[:port][/path]"),
     ("url: 'http://h:0'", "url: must have a port in 1..65535, got"),
     ("url: 'http://h:65536'", "url: must be a URL with a valid host and port, got"),
-    ("url: 'http://a..b:80'", "url: must have a host whose labels are 1 to 63 characters long, got"),
+    (
+        "url: 'http://a..b:80'",
+        "url: must have a host whose labels are 1 to 63 characters long, got",
+    ),
     (f"url: 'http://{'a' * 64}.b'", "url: must have a host whose labels are 1 to 63 characters"),
     ("url: 'http://.'", "url: must have a host whose labels are 1 to 63 characters long, got"),
     ("url: 'http://[::1'", "url: must be a URL with a valid host and port, got"),
@@ -123,6 +127,10 @@ SECTION_PROBLEMS = [
     (
         "discovery: [{provider: cloud, file: y, backend: {url: 'http://h'}}]",
         "discovery[0].backend.url: unknown key",
+    ),
+    (
+        "discovery: [{provider: cloud, file: y, backend: {tls: {ca_file: /no}}}]",
+        "discovery[0].backend.tls.ca_file: cannot be read: No such file or directory, got",
     ),
     (
         "discovery: [{provider: cloud, file: y, backend: {kind: square}}]",

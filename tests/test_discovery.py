@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import trustme
+
 from beacon_proxy.api.naming import answered_by
 
 from .kit import (
@@ -254,6 +256,35 @@ def test_answered_by_when_a_name_holds_a_line_end_is_four_lines() -> None:
         b"X-Beacon-Attempts: 2",
         b"",
     ]
+
+
+async def test_file_of_authorities_when_a_row_names_it_is_refused_and_not_opened(
+    tmp_path: Path,
+) -> None:
+    """A pipe would hold the loop until somebody writes; of another file it would say what it is."""
+    path, pipe, bundle = tmp_path / "nodes.json", tmp_path / "pipe", tmp_path / "ca.pem"
+    os.mkfifo(pipe)
+    trustme.CA().cert_pem.write_to_path(bundle)
+    async with RawBackend(chat_stream("hi", 3)) as backend:
+        rows = [
+            row("pipe", backend, tls={"ca_file": str(pipe)}),
+            row("nul", backend, tls={"ca_file": "a\0b"}),
+            row("secret", backend, tls={"ca_file": "/etc/no-such-file"}),
+            row("usual", backend),
+            row("own", backend, tls={"verify": False}),
+        ]
+        put(path, rows)
+        usual = {"tls": {"ca_file": str(bundle)}}
+        async with proxy(**by_file(path, backend=usual)) as p:
+            await eventually(lambda: names(p) == ["usual", "own"], NEWS)
+            files = [c.backend.tls_ca_file for c in p.app.fleet.candidates()]
+            assert files == [str(bundle), None]
+            (told,) = p.events("discovery.skipped")
+            where = "tls.ca_file: must stand in beacon.yaml, at discovery[].backend.tls"
+            assert told["problems"] == [f"[{n}].{where}" for n in range(3)]
+            bundle.unlink()  # it was looked at when beacon.yaml was read, and not again
+            put(path, rows[3:4])
+            await eventually(lambda: names(p) == ["usual"], NEWS)
 
 
 async def test_rows_when_the_source_says_what_all_have_take_it_and_their_own_wins(

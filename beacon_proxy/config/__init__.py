@@ -19,7 +19,14 @@ from ..errors import ConfigError
 from ..plugins import Plugins, build_provider
 from ..regions import canonical_region, region_of_fly
 from .backends import BackendSettings
-from .checks import check_chain, check_defaults, check_names, check_references, check_rows
+from .checks import (
+    check_chain,
+    check_defaults,
+    check_files,
+    check_names,
+    check_references,
+    check_rows,
+)
 from .document import put_in, read, veiled
 from .problems import Place, dotted, lines, shown
 from .settings import MiddlewareEntry, Settings, TimeoutSettings
@@ -83,6 +90,7 @@ def make_settings(written: Mapping[str, Any], env: Mapping[str, str], plugins: P
     )
     place = _places(rows_of_env)
     check_rows(content["backends"], providers, content.get("rates"), place, found)
+    check_files(content["backends"], place, found)
     check_names(content["backends"], lambda i: place(("backends", i, "name")), found)
     check_names(content.get("budgets"), lambda i: f"budgets[{i}].name", found)
     check_references(content, [*providers], found)
@@ -190,6 +198,8 @@ def resolve_row(
     row: Mapping[str, Any], settings: Settings, providers: Mapping[str, Provider]
 ) -> Backend:
     """Turn one row that was found while running into a backend, by the rules of `backends`.
+
+    A file that it names is not looked at: only beacon.yaml may name one, and its were.
 
     Raises:
         ConfigError: each problem as `key: problem`.

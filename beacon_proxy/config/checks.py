@@ -124,7 +124,7 @@ def check_rows(
     place: Callable[[Place], str],
     problems: list[str],
 ) -> None:
-    """Check backend rows against the installed providers, the rates and the files they name."""
+    """Check backend rows against the installed providers and the rates."""
     for index, row in _mappings(rows):
         at = ("backends", index)
         name = row.get("provider")
@@ -150,10 +150,6 @@ def check_rows(
                 problems.append(
                     f"{place((*at, 'control_url'))}: must be {told} for provider {name}"
                 )
-        tls = row.get("tls")
-        ca_file = tls.get("ca_file") if isinstance(tls, dict) else None
-        if isinstance(ca_file, str) and ca_file and (wrong := _no_authorities(ca_file)):
-            problems.append(f"{place((*at, 'tls', 'ca_file'))}: {wrong}, got {shown(ca_file)}")
 
 
 _RENTS = ("price_per_hour", "price_glm_per_hour", "price_per_second")
@@ -187,13 +183,14 @@ def _two_names(aliases: Any) -> str | None:
 def check_defaults(
     sources: Any, providers: Mapping[str, Provider], rates: Any, problems: list[str]
 ) -> None:
-    """Check what each source of discovery says of all its backends, as `check_rows` does."""
+    """Check what each source of discovery says of all its backends, as that of `backends` is."""
     for index, source in _mappings(sources):
         name, said = source.get("provider"), source.get("backend")
         if isinstance(said, dict):
             known = name if isinstance(name, str) and name in providers else None
             start = ("discovery", index, "backend")
             check_rows([{**said, "provider": known}], providers, rates, _under(start), problems)
+            check_files([said], _under(start), problems)
 
 
 def _under(start: Place) -> Callable[[Place], str]:
@@ -241,6 +238,16 @@ def _has(section: Any, key: str) -> bool:
     return isinstance(section, dict) and key in section
 
 
+def check_files(rows: Any, place: Callable[[Place], str], problems: list[str]) -> None:
+    """Check the files that rows of beacon.yaml name; it blocks, so only before the loop runs."""
+    for index, row in _mappings(rows):
+        tls = row.get("tls")
+        ca_file = tls.get("ca_file") if isinstance(tls, dict) else None
+        if isinstance(ca_file, str) and ca_file and (wrong := _no_authorities(ca_file)):
+            at = place(("backends", index, "tls", "ca_file"))
+            problems.append(f"{at}: {wrong}, got {shown(ca_file)}")
+
+
 def _no_authorities(file: str) -> str | None:
     """Why a file gives no certificates to trust; None if it does."""
     try:
@@ -249,4 +256,6 @@ def _no_authorities(file: str) -> str | None:
         return "must hold certificates in PEM form"
     except OSError as exc:
         return f"cannot be read: {exc.strerror}"
+    except ValueError:  # a path may hold what no path can
+        return "must be a path"
     return None

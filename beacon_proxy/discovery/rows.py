@@ -52,6 +52,10 @@ def _whole(row: Any, usual: Mapping[str, Any]) -> dict[str, Any]:
         row = {"url": row}
     if not isinstance(row, dict):
         raise ConfigError("must be a mapping with the keys of `backends`, or a URL")
+    tls = row.get("tls")
+    if isinstance(tls, dict) and tls.get("ca_file") is not None:
+        # Whoever writes the source has no business with the files of this machine.
+        raise ConfigError("tls.ca_file: must stand in beacon.yaml, at discovery[].backend.tls")
     whole = {**usual, **row}
     if whole.get("name") is None:
         whole["name"] = derived_name(whole.get("provider"), whole.get("url"))
