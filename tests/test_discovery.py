@@ -8,9 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trustme
 
 from beacon_proxy.api.naming import answered_by
+from beacon_proxy.contracts import Backend
+from providers.openai import OpenAI
 
 from .kit import (
     LAST_CHUNK,
@@ -285,6 +288,52 @@ async def test_file_of_authorities_when_a_row_names_it_is_refused_and_not_opened
             bundle.unlink()  # it was looked at when beacon.yaml was read, and not again
             put(path, rows[3:4])
             await eventually(lambda: names(p) == ["usual"], NEWS)
+
+
+class Brittle(OpenAI):
+    """A provider whose own check of a backend breaks, quoting what it was given."""
+
+    def problem(self, backend: Backend) -> str | None:
+        raise KeyError(backend.api_key)
+
+
+async def test_row_when_its_provider_breaks_over_it_is_left_out_and_the_source_goes_on(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "nodes.json"
+    async with RawBackend(chat_stream("hi", 3)) as backend:
+        bad = row("bad", backend, provider="brittle", api_key="t0ps3cret")
+        put(path, [bad, row("a", backend)])
+        async with proxy(**by_file(path), providers={"brittle": Brittle}) as p:
+            await eventually(lambda: names(p) == ["a"], NEWS)
+            (told,) = p.events("discovery.skipped")
+            assert told["problems"] == ["[0].cannot be checked: KeyError in Brittle.problem"]
+            put(path, [bad, row("b", backend)])
+            await eventually(lambda: names(p) == ["b"], NEWS)
+            assert p.events("discovery.stopped") == []
+            assert "t0ps3cret" not in repr(p.log)
+
+
+async def test_source_when_a_look_breaks_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that nobody had thought of ended the source until the next start."""
+    path = tmp_path / "nodes.json"
+
+    def no_memory(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("beacon_proxy.discovery.file.open", no_memory, raising=False)
+    async with RawBackend(chat_stream("hi", 3)) as backend:
+        put(path, [row("a", backend)])
+        async with proxy(**by_file(path)) as p:
+            await eventually(lambda: p.events("discovery.failed"), NEWS)
+            (failed,) = p.events("discovery.failed")
+            assert failed["error"].startswith("the look itself failed: MemoryError in ")
+            monkeypatch.undo()
+            await eventually(lambda: names(p) == ["a"], NEWS)
+            assert len(p.events("discovery.recovered")) == 1
+            assert p.events("discovery.stopped") == []
 
 
 async def test_rows_when_the_source_says_what_all_have_take_it_and_their_own_wins(

@@ -52,3 +52,12 @@ def parsed(data: bytes) -> list[Any]:
     if len(answer) > ROWS_MOST:
         raise NoAnswer(f"has {len(answer)} rows; {ROWS_MOST} are the most")
     return answer
+
+
+def raised(exc: Exception) -> str:
+    """What an error of our own or of a plugin is and where it was raised; its text may quote."""
+    step = exc.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    where = f" in {step.tb_frame.f_code.co_qualname}" if step is not None else ""
+    return f"{type(exc).__name__}{where}"

@@ -50,7 +50,7 @@ class File:
     async def _beside(self, work: Callable[[], Any]) -> Any:
         """Do `work` in a thread; while one hangs, on a dead mount, there is no second one."""
         if self._working is not None:
-            await asyncio.shield(self._working)
+            await asyncio.wait([self._working])  # whatever came of it
         self._working = asyncio.get_running_loop().run_in_executor(None, work)
         result = await asyncio.shield(self._working)
         self._working = None

@@ -15,7 +15,7 @@ from typing import Protocol
 from ..config import Settings
 from ..config.backends import Discovery
 from ..contracts import Backend, Clock, Notify, Provider
-from .answer import NoAnswer, Source
+from .answer import NoAnswer, Source, raised
 from .rows import backends_of
 
 JITTER = 0.1  # of the interval, either way: instances must not ask in step
@@ -107,6 +107,9 @@ class Refresher:
             return
         except NoAnswer as exc:
             self._failed(watched, str(exc))
+            return
+        except Exception as exc:  # whatever it was: the next look may go well
+            self._failed(watched, f"the look itself failed: {raised(exc)}")
             return
         if answer is not None:
             rows = backends_of(answer, watched.settings, self._settings, self._providers)

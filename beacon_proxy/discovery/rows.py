@@ -12,6 +12,7 @@ from ..config.backends import Discovery
 from ..config.values import split_url
 from ..contracts import Backend, Provider
 from ..errors import ConfigError
+from .answer import raised
 
 _NAME_MOST = 100  # characters, as `config.values` has it
 _NOT_OF_A_NAME = re.compile(r"[^A-Za-z0-9._-]")
@@ -36,6 +37,9 @@ def backends_of(
             backend = resolve_row(_whole(row, usual), settings, providers)
         except ConfigError as exc:
             problems += (_line(number, problem) for problem in exc.problems)
+            continue
+        except Exception as exc:  # of a provider, too: the other rows have no part in it
+            problems.append(_line(number, f"cannot be checked: {raised(exc)}"))
             continue
         if found.setdefault(backend.name, backend) is not backend:
             problems.append(_line(number, f"name: must be unique, got {backend.name} twice"))
