@@ -290,6 +290,54 @@ async def test_file_of_authorities_when_a_row_names_it_is_refused_and_not_opened
             await eventually(lambda: names(p) == ["usual"], NEWS)
 
 
+async def test_row_when_it_turns_wrong_leaves_its_backend_as_it_was(tmp_path: Path) -> None:
+    """Only an answer that leaves a backend out takes it away."""
+    path = tmp_path / "nodes.json"
+    async with RawBackend(chat_stream("hi", 3)) as backend:
+        plain = backend.url
+        put(path, [row("a", backend, region="eu"), plain, row("b", backend), row("c", backend)])
+        async with proxy(**by_file(path)) as p:
+            await eventually(lambda: len(names(p)) == 4, NEWS)
+            (derived,) = {*names(p)} - {"a", "b", "c"}
+            lives = [c.live for c in p.app.fleet.candidates()]
+            new = {"key_of_the_next_release": 1}
+            turned = [row("b", backend, **new), row("a", backend, region="us"), {"url": plain}]
+            put(path, [row("a", backend, **new), {"url": plain, **new}, *turned])
+            await eventually(lambda: "c" not in names(p), NEWS)
+            assert names(p) == ["a", derived, "b"]
+            assert [c.live for c in p.app.fleet.candidates()] == lives[:3]
+            regions = [c.backend.region for c in p.app.fleet.candidates()]
+            assert regions == ["us-east"] * 3, "a row that is right goes before what was known"
+            (told,) = p.events("discovery.skipped")
+            assert told["count"] == 3
+            put(path, [row("b", backend)])
+            await eventually(lambda: names(p) == ["b"], NEWS)
+
+
+async def test_answer_when_none_of_its_rows_is_right_is_a_failure(tmp_path: Path) -> None:
+    """Also while the source goes on saying the same."""
+    path = tmp_path / "nodes.json"
+    async with RawBackend(chat_stream("hi", 3)) as backend:
+        wrong = [{"name": "x", "uri": backend.url}, {"name": "y", "uri": backend.url}]
+        put(path, wrong)
+        async with proxy(**by_file(path)) as p:
+            await eventually(lambda: p.events("discovery.failed"), NEWS)
+            assert p.app.fleet.unasked == 1, "it may know some yet"
+            put(path, [row("a", backend)])
+            await eventually(lambda: names(p) == ["a"], NEWS)
+            put(path, wrong)
+            await eventually(lambda: len(p.events("discovery.failed")) == 2, NEWS)
+            await asyncio.sleep(0.3)  # a few more looks
+            assert names(p) == ["a"]
+            failed = p.events("discovery.failed")
+            assert [each["error"] for each in failed] == ["has rows, but none that is right"] * 2
+            assert [each["kept"] for each in failed] == [0, 1]
+            assert len(p.events("discovery.recovered")) == 1
+            assert [each["count"] for each in p.events("discovery.skipped")] == [4, 4]
+            put(path, [])
+            await eventually(lambda: names(p) == [], NEWS)
+
+
 class Brittle(OpenAI):
     """A provider whose own check of a backend breaks, quoting what it was given."""
 

@@ -41,6 +41,7 @@ class Watched:
     label: str  # for the operator
     found: Sequence[Backend] = ()
     answered: bool = False  # ever
+    refused: bool = False  # its last answer had rows, and none that could be taken
     failing: str | None = None  # why, as told
     problems: Sequence[str] = ()  # as told
     clashes: frozenset[str] = field(default=frozenset())  # as told
@@ -112,8 +113,16 @@ class Refresher:
             self._failed(watched, f"the look itself failed: {raised(exc)}")
             return
         if answer is not None:
-            rows = backends_of(answer, watched.settings, self._settings, self._providers)
-            self._take(watched, *rows)
+            found, problems = await backends_of(
+                answer, watched.settings, self._settings, self._providers, watched.found
+            )
+            self._skipped(watched, problems)
+            watched.refused = bool(answer) and not found
+            if not watched.refused:
+                self._take(watched, found)
+        if watched.refused:  # also while it goes on saying the same
+            self._failed(watched, "has rows, but none that is right")
+            return
         self._recovered(watched)
 
     def _failed(self, watched: Watched, why: str) -> None:
@@ -128,7 +137,7 @@ class Refresher:
             self._notify("discovery.recovered", source=watched.label, found=len(watched.found))
         watched.failing = None
 
-    def _take(self, watched: Watched, found: Sequence[Backend], problems: Sequence[str]) -> None:
+    def _skipped(self, watched: Watched, problems: Sequence[str]) -> None:
         if problems and problems != watched.problems:
             self._notify(
                 "discovery.skipped",
@@ -137,6 +146,8 @@ class Refresher:
                 count=len(problems),
             )
         watched.problems = problems
+
+    def _take(self, watched: Watched, found: Sequence[Backend]) -> None:
         if watched.answered:
             # The first answer of all is the fleet as it was when we came, and warm for all we know.
             now = self._clock()
