@@ -29,15 +29,17 @@ class File:
     def __init__(self, path: str) -> None:
         self.name = f"file {path}"
         self._path = path
+        self._data: bytes | None = None  # the last good answer, as it was read
         self._seen: _Stamp | None = None  # None: there was none, or it could not be told
         self._working: asyncio.Future[Any] | None = None
 
     async def look(self) -> list[Any] | None:
-        self._seen, data = await self._beside(lambda: _read(self._path))
-        if isinstance(data, NoAnswer):
-            raise data
-        answer: list[Any] = data
-        return answer
+        self._seen, data, answer = await self._beside(lambda: _read(self._path, self._data))
+        if isinstance(answer, NoAnswer):
+            raise answer
+        self._data = data
+        rows: list[Any] | None = answer
+        return rows
 
     async def rest(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
@@ -67,8 +69,13 @@ def _stamp_of(path: str) -> _Stamp | None:
         return None
 
 
-def _read(path: str) -> tuple[_Stamp | None, list[Any] | NoAnswer]:
-    """The stamp of a file, taken before it is read, and the answer in it or why there is none."""
+def _read(
+    path: str, last: bytes | None
+) -> tuple[_Stamp | None, bytes | None, list[Any] | NoAnswer | None]:
+    """The stamp of a file, taken before it is read, its bytes, and the answer in it.
+
+    Or why there is none; None, where the bytes are the `last` ones.
+    """
     seen: _Stamp | None = None
     try:
         # Else the open of a pipe would wait for its other end.
@@ -84,8 +91,8 @@ def _read(path: str) -> tuple[_Stamp | None, list[Any] | NoAnswer]:
             os.close(descriptor)
         if len(data) > SIZE_MOST:
             raise NoAnswer(f"is longer than {SIZE_MOST} bytes")
-        return seen, parsed(data)
+        return seen, data, None if data == last else parsed(data)
     except NoAnswer as exc:
-        return seen, exc.with_traceback(None)
+        return seen, None, exc.with_traceback(None)
     except (OSError, ValueError) as exc:  # a path may hold what no path can
-        return seen, NoAnswer(f"cannot be read: {getattr(exc, 'strerror', exc)}")
+        return seen, None, NoAnswer(f"cannot be read: {getattr(exc, 'strerror', exc)}")

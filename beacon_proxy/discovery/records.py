@@ -36,6 +36,7 @@ class Records:
         self._settings = settings
         self._known: dict[_Kind, list[str]] = {}  # the last good answers
         self._used: dict[_Kind, list[str]] = {}  # of them, those of the look under way
+        self._rows: list[dict[str, Any]] | None = None  # the last good answer of all
 
     async def look(self) -> list[Any] | None:
         self._used = {}
@@ -54,6 +55,9 @@ class Records:
         if len(rows) > ROWS_MOST:
             raise NoAnswer(f"has {len(rows)} backends; {ROWS_MOST} are the most")
         self._known = self._used
+        if rows == self._rows:
+            return None
+        self._rows = rows
         return rows
 
     def _resolver(self) -> dns.asyncresolver.Resolver:

@@ -23,7 +23,8 @@ class Web:
         self._url = url
         self._version = version
         self._session: aiohttp.ClientSession | None = None
-        self._tag: str | None = None
+        self._tag: str | None = None  # of the last good answer
+        self._data: bytes | None = None  # the last good answer, as it came
         # A connection that breaks is asked for once more; what lasts longer is for the next look.
         self._retry = ExponentialRetry(
             attempts=2,
@@ -44,9 +45,11 @@ class Web:
             async with client.get(self._url, headers=headers, allow_redirects=False) as answer:
                 if answer.status == 304 and self._tag is not None:
                     return None
-                document = parsed(await _body(answer))
-                self._tag = answer.headers.get("ETag")
-                return document
+                data = await _body(answer)
+            document = None if data == self._data else parsed(data)
+            # Only now: an answer that was given up on its way was seen by nobody.
+            self._tag, self._data = answer.headers.get("ETag"), data
+            return document
         except (aiohttp.ClientError, OSError, ValueError) as exc:
             # Not its text, which may quote the URL.
             raise NoAnswer(f"cannot be asked: {type(exc).__name__}") from None

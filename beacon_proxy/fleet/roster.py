@@ -110,8 +110,10 @@ class Roster:
         moved = False
         for row in self.rows:
             was, now = old.get(row[0].name), new.pop(row[0].name, None)
-            if was is None or (now is not None and replace(now, joined=was.joined) == was):
-                rows.append(row)  # configured, or as it was
+            if was is None or now is was:
+                rows.append(row)  # configured, or of a source that did not speak
+            elif now is not None and replace(now, joined=was.joined) == was:
+                rows.append(row)  # as it was
             elif now is not None and _server(was) == _server(now):
                 rows.append(self._revised(row, was, now))
             else:
