@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -414,14 +415,26 @@ async def test_dns_when_no_resolver_is_named_asks_the_systems(
         ("http://10.0.0.1:11434", "golem-10.0.0.1-11434"),
         ("http://10.0.0.1", "golem-10.0.0.1-80"),
         ("https://h.example/", "golem-h.example-443"),
-        ("https://h.example/v1/x", "golem-h.example-443-v1-x"),
+        ("https://h.example/v1/x", "golem-h.example-443-v1-x-MARK"),
+        ("http://h.example:443", "golem-h.example-443-MARK"),
+        ("https://h.example:8443", "golem-h.example-8443-MARK"),
         ("http://[fdaa:0:1::3]:80", "golem-fdaa-0-1--3-80"),
         ("ftp://h", "unnamed"),
         (None, "unnamed"),
     ],
 )
 def test_name_when_a_row_has_none_says_where_it_is(url: object, name: str) -> None:
-    assert derived_name("golem", url) == name
+    derived = derived_name("golem", url)
+    assert re.sub(r"(?<=-)[0-9a-f]{8}$", "MARK", derived) == name
+    assert derived_name("golem", url) == derived
+
+
+def test_names_when_places_differ_by_what_no_name_may_hold_differ_too() -> None:
+    places = ["h", "h/a-b", "h/a/b", "h/%61", "h:1/2", "h-1:2"]
+    urls = [f"{scheme}://{place}" for scheme in ("http", "https") for place in places]
+    urls += [f"http://h:443{path}" for path in ("", "/a-b", "/a/b", "/%61")]
+    assert len({derived_name("golem", url) for url in urls}) == len(urls)
+    assert derived_name("golem", "HTTPS://H/") == derived_name("golem", "https://h:443")
 
 
 def test_name_when_it_would_be_too_long_is_cut_and_still_one_of_its_own() -> None:

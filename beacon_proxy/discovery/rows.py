@@ -99,15 +99,16 @@ def _whole(row: Any, usual: Mapping[str, Any]) -> dict[str, Any]:
 def derived_name(provider: object, url: object) -> str:
     """Name a backend by where it is: the same each time, and for no other.
 
-    `golem-10.0.0.1-11434`, `golem-fdaa--3-80`; with its base path where it has one.
+    `golem-10.0.0.1-11434`, `golem-fdaa--3-80`. Where that could be another place, too (a base path,
+    https on another port than 443, http on that), or is too long, a mark of 8 digits is added.
     """
     try:
-        _, host, port, path = split_url(str(url))
+        scheme, host, port, path = split_url(str(url))
     except ValueError:
         return "unnamed"  # a row that is refused for its URL anyway
     plain = _NOT_OF_A_NAME.sub("-", f"{provider}-{host}-{port}{path}")
-    if len(plain) <= _NAME_MOST:
+    if not path and (scheme == "https") == (port == 443) and len(plain) <= _NAME_MOST:
         return plain
-    # Cut, two of them could be one.
-    mark = hashlib.sha256(f"{provider} {url}".encode("utf-8", "replace")).hexdigest()[:8]
+    where = f"{provider} {scheme} {host} {port} {path}"
+    mark = hashlib.sha256(where.encode("utf-8", "replace")).hexdigest()[:8]
     return f"{plain[: _NAME_MOST - 9]}-{mark}"
