@@ -238,6 +238,7 @@ class Live:
     check_latency: float | None = None  # s
     models: frozenset[str] | None = None  # canonical, as found, with aliases; None: not known
     model_names: tuple[str, ...] = ()  # the same as the backend spells them
+    listed: tuple[str, ...] | None = None  # what it last listed itself; None: it never did
     names: dict[str, str] = field(default_factory=dict)  # a client's name of a model: its own
     hot: frozenset[str] | None = None  # canonical names it has in memory; None: not known
     capacity: Capacity | None = None  # as its provider last told

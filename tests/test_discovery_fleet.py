@@ -250,6 +250,41 @@ def test_follow_when_aliases_change_the_names_that_clients_may_use_do() -> None:
     assert live.model_names == ("llama",)
 
 
+def test_follow_when_the_last_check_failed_what_it_had_listed_holds_under_new_aliases() -> None:
+    told = Told()
+    told.fleet.follow([backend("a", model_names=("QWEN",), models=frozenset({"qwen"}))])
+    live = told.live("a")
+    learn(told.fleet.candidates()[0].backend, live, Check(Verdict.GOOD, models=("qwen", "x")))
+    live.check = Check(Verdict.STRIKE)
+    learn(told.fleet.candidates()[0].backend, live, live.check)
+    told.fleet.follow([backend("a", aliases=(("tiny", "qwen"),))])
+    assert told.live("a") is live
+    assert live.model_names == ("qwen", "x")
+    assert (live.names["tiny"], live.models) == ("qwen", {"qwen", "x", "tiny"})
+    assert told.fleet.serving("tiny", ())
+
+
+def test_follow_when_a_row_stops_listing_models_its_names_go() -> None:
+    told = Told()
+    told.fleet.follow([backend("a", model_names=("qwen",), models=frozenset({"qwen"}))])
+    live = told.live("a")
+    assert live.model_names == ("qwen",)
+    told.fleet.follow([backend("a")])
+    assert told.live("a") is live
+    assert (live.model_names, live.names, live.models) == ((), {}, None)
+
+
+def test_follow_when_a_backend_comes_back_with_other_names_they_are_those_of_its_row() -> None:
+    told = Told()
+    told.fleet.follow([backend("a", model_names=("qwen",), models=frozenset({"qwen"}))])
+    live = told.live("a")
+    live.in_flight = 1
+    told.fleet.follow([])
+    told.fleet.follow([backend("a", model_names=("llama",), aliases=(("tiny", "llama"),))])
+    assert told.live("a") is live
+    assert (live.model_names, live.names["tiny"]) == (("llama",), "llama")
+
+
 def test_follow_when_a_rent_is_over_the_same_answer_does_not_begin_it_again() -> None:
     unix = [100.0]
     told = Told()

@@ -167,6 +167,7 @@ class Roster:
         for at, (its, live) in enumerate(self.leaving):
             if its.name == backend.name and _server(its) == _server(backend):
                 del self.leaving[at]
+                learn_again(backend, live)
                 return replace(backend, joined=its.joined), live
         peers = [
             live.picked

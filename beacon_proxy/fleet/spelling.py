@@ -21,26 +21,32 @@ def learn(backend: Backend, live: Live, check: Check) -> None:
     """Take over what a backend said it serves, and holds in memory."""
     if check.hot is not None:
         live.hot = _served(backend, check.hot)
-    if check.models is None:
-        return
-    live.model_names = check.models
-    if backend.model_names:
-        told = {canonical_model(name): name for name in reversed(check.models)}
-        live.model_names = tuple(
-            told.get(canonical_model(name), name) for name in backend.model_names
-        )
-    live.models = _served(backend, check.models)
-    live.names = _names(backend, (*live.model_names, *check.models))
+    if check.models is not None:
+        _spell(backend, live, check.models)
+        live.listed = check.models
 
 
 def learn_again(backend: Backend, live: Live) -> None:
     """Look anew at what a backend said, now that its row says something else."""
-    if live.check is not None and live.check.models is not None:
-        learn(backend, live, live.check)
-        return
-    if backend.model_names:
+    if live.check is not None and live.check.hot is not None:
+        live.hot = _served(backend, live.check.hot)
+    _spell(backend, live, live.listed)
+
+
+def _spell(backend: Backend, live: Live, listed: tuple[str, ...] | None) -> None:
+    """Work out its models and their names from its row and from what it listed itself."""
+    if listed is None:
         live.model_names = backend.model_names
-    live.names = _names(backend, live.model_names)
+        live.names = _names(backend, backend.model_names)
+        return
+    live.model_names = listed
+    if backend.model_names:
+        told = {canonical_model(name): name for name in reversed(listed)}
+        live.model_names = tuple(
+            told.get(canonical_model(name), name) for name in backend.model_names
+        )
+    live.models = _served(backend, listed)
+    live.names = _names(backend, (*live.model_names, *listed))
 
 
 def _names(backend: Backend, own: Collection[str]) -> dict[str, str]:
