@@ -221,7 +221,8 @@ class Discovery(Section):
     timeout: Positive = Field(default=5.0, description="s a look may take")
     backend: RowDefaults = Field(
         default=RowDefaults(),
-        description="keys of `backends` for every backend found; those of its own row win",
+        description="keys of `backends` for every backend found; those of its own row win;"
+        " an api_key goes wherever a row's url says: trust the source with it",
     )
     scheme: Literal["http", "https"] = Field(
         default="http", description="of the backends that dns finds"
