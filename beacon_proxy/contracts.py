@@ -159,6 +159,7 @@ class Backend:
     port: int
     base_path: str = ""  # no trailing slash
     region: str = ""  # canonical
+    region_assumed: bool = False  # nobody said where it runs: `region` is that of this instance
     pool: str = "burst"  # baseline | burst
     price_model: str = "serverless"  # serverless | rented
     price_per_second: float = 0.0  # USD that a second of work costs more than a second of none

@@ -118,7 +118,11 @@ class Health:
         Where the exchange itself requires a region, the rest of the world does not count as ready.
         """
         if exchange.region and exchange.region_mode == "require":
-            candidates = [c for c in candidates if c.backend.region == exchange.region]
+            candidates = [
+                c
+                for c in candidates
+                if c.backend.region == exchange.region and not c.backend.region_assumed
+            ]
         now = self.clock()
         if candidates and self._all_well(candidates, now):
             self._panic = None

@@ -50,7 +50,12 @@ class Region:
         """Order by region; empty when the required region has no candidate."""
         preferred = exchange.region
         if preferred and (exchange.region_mode or self.mode) == "require":
-            candidates = [c for c in candidates if c.backend.region == preferred]
+            # An answer from a place that nobody named would be false data.
+            candidates = [
+                c
+                for c in candidates
+                if c.backend.region == preferred and not c.backend.region_assumed
+            ]
         places = self._places.get(preferred or "") or self._survey(preferred or "")
         in_order, so_far = True, 0
         for candidate in candidates:

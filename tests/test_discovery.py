@@ -29,6 +29,7 @@ from .kit import (
     chunk,
     each_request,
     eventually,
+    json_answer,
     json_bytes,
     proxy,
     request,
@@ -674,3 +675,26 @@ async def test_events_of_a_source_are_not_shown_to_who_listens_on_ws(tmp_path: P
         assert [event for event, _ in shown] == ["discovery.skipped", "discovery.failed"]
         assert str(path) not in repr(shown)
         assert "secret-host" not in repr(shown)
+
+
+async def test_region_when_nobody_said_it_is_shown_as_assumed_and_never_required(
+    tmp_path: Path,
+) -> None:
+    """Two instances would each have claimed the same server for their own region."""
+    path = tmp_path / "nodes.json"
+    async with RawBackend(json_answer({"choices": []})) as here:
+        put(path, [here.url, {"name": "placed", "url": here.url, "region": "eu-west"}])
+        async with proxy(**by_file(path)) as p, RawClient(p.port) as client:
+            await eventually(lambda: len(names(p)) == 2, NEWS)
+            (event,) = p.events("discovery.unplaced")
+            assert event["assumed"] == "us-east"
+            assert [each for each in names(p) if each != "placed"] == event["names"]
+            told = await shown(p)
+            assumed = {name: each["region_assumed"] for name, each in told.items()}
+            assert assumed == {"placed": False, event["names"][0]: True}
+            for region, status in (("us-east", 503), ("eu-west", 200)):
+                hints = [("X-Beacon-Region", region), ("X-Beacon-Region-Mode", "require")]
+                got = await client.ask(request("GET", "/anything", hints))
+                assert got.status == status
+            got = await client.ask(request("GET", "/anything", [("X-Beacon-Region", "us-east")]))
+            assert got.header("x-beacon-backend") == [event["names"][0].encode()]

@@ -45,6 +45,7 @@ class Watched:
     failing: str | None = None  # why, as told
     problems: Sequence[str] = ()  # as told
     clashes: frozenset[str] = field(default=frozenset())  # as told
+    placed: bool = True  # so far each backend came with a region
 
 
 class Refresher:
@@ -156,6 +157,15 @@ class Refresher:
             watched.answered = True
             self._fleet.unasked -= 1
         watched.found = found
+        nowhere = [backend.name for backend in found if backend.region_assumed]
+        if nowhere and watched.placed:
+            watched.placed = False
+            self._notify(
+                "discovery.unplaced",
+                source=watched.label,
+                assumed=self._settings.server.region,
+                names=nowhere[:_TOLD_MOST],
+            )
         self._fleet.follow(self._merged())
 
     def _merged(self) -> list[Backend]:

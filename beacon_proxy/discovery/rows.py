@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..config import Settings, resolve_row
@@ -76,7 +77,8 @@ def _made(
         # Whoever writes the source has no business with the files of this machine.
         raise ConfigError("tls.ca_file: must stand in beacon.yaml, at discovery[].backend.tls")
     try:
-        return resolve_row(whole, settings, providers)
+        backend = resolve_row(whole, settings, providers)
+        return backend if whole.get("region") else replace(backend, region_assumed=True)
     except ConfigError:
         raise
     except Exception as exc:  # of a provider, too: the other rows have no part in it

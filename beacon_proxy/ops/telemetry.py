@@ -30,6 +30,7 @@ LEVELS = {
     "discovery.clashed": "warning",
     "discovery.failed": "warning",
     "discovery.skipped": "warning",
+    "discovery.unplaced": "warning",
     "discovery.stopped": "error",
     "fleet.panicked": "warning",
     "observe.failed": "error",

@@ -42,6 +42,7 @@ def provider(
         "price_model": backend.price_model,
         "idle_cost_per_second": float(backend.idle_price_per_second),
         "rented_until": None if until == inf else until,
+        "region_assumed": backend.region_assumed,
         "pool": backend.pool,
         "draining": draining,  # it has left: no new request, those that run end as they would
         "in_flight": live.in_flight,
