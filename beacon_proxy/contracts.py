@@ -104,7 +104,7 @@ class Finding:
     """A fault, with what its provider knows of it beside."""
 
     fault: Fault
-    detail: str = ""  # for the log; no body, no credential
+    detail: str = ""  # for the log, and a client that gets no answer; no body, no credential
     retry_after: float | None = None  # s, where the answer itself does not say
 
 
@@ -556,15 +556,25 @@ class Reply(Protocol):
     """
 
     def head(self, status: int, headers: Headers) -> None:
-        """The status and the fields, before any piece; without Content-Length it is chunked."""
+        """The status, 200 to 599, and the fields, before any piece; it goes out chunked.
+
+        Where the answer can have no body (204, 304, the answer to a HEAD) the pieces are dropped.
+        Any other status, and a field that is no line, is a broken answer: the task is cancelled.
+        """
         ...
 
     def piece(self, data: bytes) -> None: ...
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        """All of the answer has been told; before its head that is a broken answer."""
+        ...
 
     def fail(self, fault: Fault, detail: str = "") -> None:
-        """There is no answer, or no more of it; `detail` is for the log."""
+        """There is no answer, or no more of it.
+
+        `detail` is one line for the log, and for the client where no other backend answers: the
+        message of a 502 or 504. No address, no credential, nothing of a body.
+        """
         ...
 
     async def room(self) -> None:

@@ -24,6 +24,7 @@ from .headers import HOP_BY_HOP, AnswerHead, is_line, phrase
 from .wheel import GRAIN, Wheel
 
 _FRAMING = HOP_BY_HOP | {b"content-length"}
+_BODILESS = (204, 304)
 Work = Callable[[Reply], Coroutine[Any, Any, None]]
 
 
@@ -59,7 +60,8 @@ class Carried:
         "_cold",
         "_loop",
         "_open",
-        "_resumed",
+        "_pieces_pass",
+        "_room",
         "_task",
         "_wheel",
         "bucket",
@@ -80,8 +82,10 @@ class Carried:
         self._cold = cold
         self._answer: Answer | None = answer
         self._task: asyncio.Task[None] | None = None
-        self._resumed: asyncio.Future[None] | None = None
+        self._room = asyncio.Event()
+        self._room.set()
         self._open = False  # the head has been told
+        self._pieces_pass = True  # its answer may have a body
         self.reading_paused = self.closing = False
         self.bucket: int | None = None
 
@@ -117,24 +121,39 @@ class Carried:
         answer = self._answer
         if answer is None or self._open:
             return
-        self._open = True
+        if not 200 <= status <= 599:
+            self._refuse(f"a status that no answer has: {status}")
+            return
         # The length is what the pieces add up to, whatever a provider was told by its backend.
         fields = tuple(pair for pair in headers if pair[0].lower() not in _FRAMING)
         if not all(is_line(name, value) for name, value in fields):
-            self.fail(Fault.MALFORMED, "a header field that would end its line")
+            self._refuse("a header field that would end its line")
             return
-        answer.on_head(AnswerHead(status, phrase(status), fields, True), Framing.CHUNKED)
+        self._open = True
+        self._pieces_pass = not (answer.head_only or status in _BODILESS)
+        framing = Framing.CHUNKED if self._pieces_pass else Framing.NONE
+        answer.on_head(AnswerHead(status, phrase(status), fields, True), framing)
+
+    def _refuse(self, detail: str) -> None:
+        """Take nothing more from a provider whose answer cannot go out, and let it clean up."""
+        self.fail(Fault.MALFORMED, detail)
+        self.abort()
 
     def piece(self, data: bytes) -> None:
         answer = self._answer
         if answer is None or not data:
             return
         assert self._open, "a piece before the head"
+        if not self._pieces_pass:
+            return
         answer.on_piece(data)
         if not answer.decided:
             answer.on_read()
 
     def end(self) -> None:
+        if not self._open:
+            self.fail(Fault.CLOSED, "the provider ended an answer that it had not begun")
+            return
         answer, self._answer = self._answer, None
         if answer is not None:
             answer.on_complete(())
@@ -146,8 +165,7 @@ class Carried:
 
     async def room(self) -> None:
         while self.reading_paused and self._answer is not None:
-            self._resumed = self._loop.create_future()
-            await self._resumed
+            await self._room.wait()
 
     def waking(self) -> None:
         if self._answer is not None and self._cold is not None:
@@ -161,20 +179,23 @@ class Carried:
 
     def pause_reading(self) -> None:
         self.reading_paused = True
+        self._room.clear()
 
     def resume_reading(self) -> None:
         self.reading_paused = False
         if self._answer is not None:
             self._answer.touch()
-        if self._resumed is not None and not self._resumed.done():
-            self._resumed.set_result(None)
+        self._room.set()
 
     def abort(self) -> None:
         self._answer = None
         self.closing = True
-        if self._task is not None and not self._task.done():
-            self._task.cancel()
-            self._loop.call_later(CLEAN_UP, self._task.cancel)
+        self._room.set()
+        task = self._task
+        if task is not None and not task.done():
+            task.cancel()
+            last = self._loop.call_later(CLEAN_UP, task.cancel)
+            task.add_done_callback(lambda _: last.cancel())
 
     def ask_by(self, when: float) -> None:
         if self.bucket is None or when < self.bucket * GRAIN:
