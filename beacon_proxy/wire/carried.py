@@ -89,12 +89,13 @@ class Carried:
         self.reading_paused = self.closing = False
         self.bucket: int | None = None
 
-    def start(self, carriers: Carriers, work: Work, name: str) -> None:
+    def start(self, carriers: Carriers, work: Work, name: str) -> asyncio.Task[None]:
         """Begin the answer, and let the provider's task fill it."""
         assert self._answer is not None
         self._wheel.add(self, self._loop.time() + ROUND)
         self._answer.begin(self, False)
-        self._task = carriers.start(self._run(work, carriers.notify), name)
+        self._task = task = carriers.start(self._run(work, carriers.notify), name)
+        return task
 
     async def _run(self, work: Work, notify: Notify) -> None:
         try:

@@ -32,7 +32,7 @@ from .headers import (
     request_bytes,
 )
 from .rename import LOOK_CAP, Renaming, Span, model_spans
-from .upload import Upload
+from .upload import REPLAY_CAP, Upload
 
 CREDENTIALS = (
     b"authorization",
@@ -181,10 +181,17 @@ class Verbatim:
             return None
         spans = self._spans
         if spans is None:
-            body = upload.body if body is None else body
-            beginning = upload.beginning(LOOK_CAP) if body is None else body
-            spans = self._spans = model_spans(beginning, body is not None)
+            spans = self._spans = self._model_spans(upload.body if body is None else body)
         return Renaming(spans, name) if spans else None
+
+    def _model_spans(self, body: bytes | None) -> list[Span]:
+        """Where the model stands in a body, as far as it may be looked at."""
+        if body is None:
+            assert self.upload is not None
+            return model_spans(self.upload.beginning(LOOK_CAP), False)
+        if len(body) > REPLAY_CAP:  # whole in memory for a provider: to parse it holds up the loop
+            return model_spans(body[:LOOK_CAP], False)
+        return model_spans(body, True)
 
     def _length(self, edit: Renaming) -> Headers:
         """The fields that speak of the body's bytes."""

@@ -64,6 +64,7 @@ class Upload:
         ended: its last byte has come from the client.
         complete: its last byte has come, and was taken from here.
         replayable: what came so far is all kept, so another attempt can send the same bytes.
+        lent: how many tasks of providers hold the whole body; it is counted until they are over.
         received: body bytes fed so far.
         size: body bytes taken so far.
     """
@@ -83,6 +84,7 @@ class Upload:
         "complete",
         "ended",
         "framed",
+        "lent",
         "received",
         "replayable",
         "size",
@@ -102,7 +104,7 @@ class Upload:
         self._discards = self.framed = self.chunked = self.complete = False
         self.ended = whole is not None
         self.replayable = True
-        self.size = 0
+        self.size = self.lent = 0
 
     # -- the connection's side -------------------------------------------------------------------
 
@@ -239,10 +241,15 @@ class Upload:
             self._keep(data)
 
     async def whole(self) -> bytes:
-        """The whole body, however large. Raises BodyTooLarge above the limit."""
+        """The whole body, however large, kept and counted.
+
+        Raises BodyTooLarge above its limit, Overloaded while too much is kept in this process.
+        """
         while not self.complete:
             await self._fill_once()
-        return b"".join(self._kept)
+        body = self.body
+        assert body is not None, "asked for after it was let go of"
+        return body
 
     @property
     def body(self) -> bytes | None:
@@ -257,10 +264,20 @@ class Upload:
     def forget(self) -> None:
         """No attempt will follow: let go of what was kept for one. May be called again."""
         self.replayable = False
-        if self._held:
+        if self._held and not self.lent:
             self._limits.kept.used -= self._held
             self._held = 0
             self._kept.clear()
+
+    def lend(self, task: asyncio.Task[None]) -> None:
+        """Count what is kept for as long as `task` may hold it, whatever the exchange does."""
+        self.lent += 1
+        task.add_done_callback(self._taken_back)
+
+    def _taken_back(self, task: asyncio.Task[None]) -> None:
+        self.lent -= 1
+        if not self.replayable:
+            self.forget()
 
     @property
     def start(self) -> bytes:
