@@ -13,14 +13,16 @@ from ..contracts import (
     Candidate,
     Dialect,
     Exchange,
+    Fault,
     Headers,
     Live,
     Prompt,
     Provider,
+    Stage,
     Submission,
     canonical_model,
 )
-from ..errors import BadRequest
+from ..errors import BadRequest, UpstreamError
 from .dialects import Route, Shape
 from .headers import (
     Added,
@@ -44,6 +46,7 @@ CREDENTIALS = (
 )
 _OF_BODY = frozenset({b"content-type", b"content-length", b"content-encoding", b"content-language"})
 _DIGESTS = (b"content-digest", b"repr-digest", b"digest", b"content-md5")  # of other bytes
+_NOT_OF_A_GET = _OF_BODY.union(_DIGESTS)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 FieldsOf = Callable[[Backend, Exchange], Headers]
 
@@ -73,7 +76,7 @@ class Source(Protocol):
     def following(
         self, candidate: Candidate, provider: Provider, fields_of: FieldsOf | None, target: bytes
     ) -> Outgoing:
-        """A GET of `target` on the same backend, where the answer is to be had."""
+        """A GET of `target` on the same backend, where the answer is to be had; see `is_target`."""
         ...
 
     def submission(
@@ -207,7 +210,7 @@ class Verbatim:
         exchange, backend = self._exchange, candidate.backend
         special = fields_of(backend, exchange) if fields_of else ()
         added = added_fields(backend, provider, special)
-        dropped = _OF_BODY if added is None else _OF_BODY | added.names
+        dropped = _NOT_OF_A_GET if added is None else _NOT_OF_A_GET | added.names
         head = b"GET %b HTTP/1.1\r\nHost: %b\r\n%b%b%b" % (
             target,
             host_of(backend.scheme, backend.host, backend.port),
@@ -249,6 +252,7 @@ _SHAPES = {
     Dialect.BEACON: Shape.OLLAMA,  # NDJSON with `done`, too
     Dialect.UNKNOWN: Shape.DOCUMENT,
 }
+_TARGET = re.compile(rb"/[^\x00-\x20\x7f#]*")
 _SEPARATORS = re.compile(rb"/|\\|%2f|%5c", re.IGNORECASE)
 
 
@@ -259,6 +263,14 @@ def climbs(target: bytes) -> bool:
         return False
     segments = _SEPARATORS.split(path)
     return any(re.sub(b"(?i)%2e", b".", segment) in (b".", b"..") for segment in segments)
+
+
+def is_target(target: bytes) -> bool:
+    """Whether what a provider, or its backend, names is one request-target in origin form.
+
+    (RFC 9112 3.2.1.) Anything else could end its line, or leave what the key is for.
+    """
+    return _TARGET.fullmatch(target) is not None and not climbs(target)
 
 
 class Translated:
@@ -281,6 +293,9 @@ class Translated:
         exchange, backend = self._exchange, candidate.backend
         assert exchange.prompt is not None
         call = provider.ask(backend, _spelled(exchange.prompt, candidate))
+        if not is_target(call.target):
+            detail = "the provider made up a target that cannot be asked for"
+            raise UpstreamError(Fault.MALFORMED, Stage.SEND, detail)
         special = fields_of(backend, exchange) if fields_of else ()
         length = (b"Content-Length", b"%d" % len(call.body))
         lines = self._lines(backend, provider, special, (*call.headers, length))
