@@ -502,7 +502,7 @@ class Lifespan(Protocol):
 class Call:
     """A request that a provider makes up for the translated route."""
 
-    target: bytes  # on the backend, base path included
+    target: bytes  # on the backend, base path included; `/…`, without dot segments
     body: bytes
     dialect: Dialect
     headers: Headers = ((b"Content-Type", b"application/json"),)
@@ -523,7 +523,8 @@ class Reading:
 class Hop:
     """What an answer that is not yet the answer asks for; see `Hops`."""
 
-    # of a GET on the same backend; None: the same request once more, for the backend is starting
+    # Of a GET on the same backend, in origin form (`/…`, no dot segments); None: the same request
+    # once more, for the backend is starting.
     target: bytes | None = None
     delay: float = 0.0  # s to wait before
 
@@ -537,7 +538,7 @@ class Submission:
     path: str
     target: bytes  # as the client sent it
     headers: Headers  # of the client, less hop-by-hop and hints
-    body: bytes  # whole
+    body: bytes  # whole, up to `max_body_size`; to parse a large one would hold up every stream
     dialect: Dialect
     stream: bool
     prompt: Prompt | None  # of the translated route: then there is no body
@@ -606,8 +607,10 @@ class Carries(Protocol):
     ) -> None:
         """Take one request to the backend and put its answer into `reply`.
 
-        Cancelled when nobody wants the answer any more, or a limit ran out: then there are
-        `CLEAN_UP` seconds to stop the work at the backend before the cancellation goes on.
+        The body is whole, however large, and counts as held until this ends. Where it fails, or is
+        cancelled, another backend may be asked at once: see that the work is stopped. Cancelled
+        when nobody wants the answer any more, or a limit ran out: then there are `CLEAN_UP` seconds
+        to stop it at the backend before the cancellation goes on.
         aiohttp's errors and OSError may pass through; they become the fault they tell of.
         """
         ...
@@ -626,9 +629,15 @@ class Hops(Protocol):
 
         Asked for answers of status 300 and above that are not yet passed on. `target` is what was
         asked for last (the client's own at first), `hops` how often in a row this request hopped on
-        an answer of this status. The same request is repeated only where it may be and no other
-        candidate is known to be warm. What still hops when its time is over is a timeout; only a
-        request that would be repeated leaves the last answer standing.
+        an answer of this status.
+
+        A `target` says that the work has been taken, and where its result will be: it is never
+        done elsewhere after that, unless the result itself says that it failed. What has not come
+        when its time is over is a 504, and where no connection holds, a 502.
+
+        Without one the same request is repeated, if it may be and the backend has not left, unless
+        another candidate is known to be warm and to have room, and the retry rules let it go there.
+        When its time is over the last answer stands.
         """
         ...
 

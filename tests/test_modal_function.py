@@ -188,15 +188,18 @@ async def test_function_when_the_connection_breaks_asks_for_the_result_again(bre
     once(edge, gets=breaks + 1)
 
 
-async def test_function_when_the_connection_never_holds_gives_up_and_fails_over(
+async def test_function_when_the_connection_never_holds_gives_up_and_asks_nobody_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The work goes on at Modal and is paid for: elsewhere it would be done a second time."""
     monkeypatch.setattr(follow, "BROKEN_MOST", 1)  # three in a row take 8 s
     edge = Function(answers(json_bytes(DOCUMENT), cuts=1), breaks=99)
     async with edge, RawBackend(json_answer(DOCUMENT)) as other:
         async with proxy(*dearer(edge, other)) as p:
             got = await ask(p, chat(headers=[CHEAPEST]))
-        assert (got.status, got.header("x-beacon-backend")) == (200, [b"b1"])
+        assert (got.status, got.header("x-beacon-attempts")) == (502, [b"1"])
+        assert "the result could not be had" in got.json["error"]["message"]
+        assert other.requests == []
     once(edge, gets=3)
 
 

@@ -57,12 +57,14 @@ class Attempt:
         flow: what is under the answer, for back-pressure.
         last: the judgement of it.
         patience: its limits, by how warm the backend is.
+        accepted: the backend has taken the work, and said where its result will be.
     """
 
     __slots__ = (
         "_upload_of",
         "_uploading",
         "_was",
+        "accepted",
         "answer",
         "backend",
         "candidate",
@@ -99,7 +101,7 @@ class Attempt:
         self.answer: Answer | None = None
         self.error: ProxyError | None = None
         self.last = _NOTHING_YET
-        self.sent = False
+        self.sent = self.accepted = False
         self.number = len(exchange.attempts) + 1
         self.started = now = monotonic()
         backend = candidate.backend
@@ -357,9 +359,20 @@ class Attempt:
             limit = self.exchange.deadline - start
         return 0 < limit <= now - start and now - self.started >= limit / 2
 
+    @property
+    def _result_pends(self) -> bool:
+        """Whether the work was taken, and no result has come, were it one that says it failed."""
+        answer = self.answer
+        if self.error is not None or answer is None or answer.fault is not None:
+            return self.accepted
+        return self.accepted and 300 <= (answer.status or 0) < 400
+
     def _repeatable(self, judgement: Judgement) -> bool:
-        """Nothing sent: always. Sent: where the route has no side effect, or RFC 9110 9.2.2."""
-        if not can_repeat(self._upload_of):
+        """Nothing sent: always. Sent: where the route has no side effect, or RFC 9110 9.2.2.
+
+        Work that is being done is never asked for a second time.
+        """
+        if not can_repeat(self._upload_of) or self._result_pends:
             return False
         exchange = self.exchange
         if not judgement.elsewhere or not self.sent:

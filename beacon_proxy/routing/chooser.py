@@ -168,12 +168,16 @@ class Chooser:
         return None
 
     def warm_elsewhere(self, exchange: Exchange, model: str | None, tried: Collection[str]) -> bool:
-        """Whether another candidate stands ready that need not start first, as far as is known."""
+        """Whether another candidate has room and need not start first, as far as is known."""
         now = self._fleet.now()
         for candidate in self.plan(exchange, model, tried):
-            warmth = candidate.live.warmth_at(now)
-            never_cold = warmth is Warmth.UNKNOWN and candidate.backend.cold_timeouts is None
-            if not candidate.last_resort and (warmth is Warmth.WARM or never_cold):
+            backend, live = candidate.backend, candidate.live
+            if candidate.last_resort or live.in_flight >= backend.max_in_flight:
+                continue
+            warmth = live.warmth_at(now)
+            if warmth is Warmth.WARM:
+                return True
+            if warmth is Warmth.UNKNOWN and backend.cold_timeouts is None:
                 return True
         return False
 

@@ -31,7 +31,7 @@ from .judge import Judgement, judge
 from .queue import Queue
 
 # Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
-_GOOD, _CLIENT_CLOSED = Verdict.GOOD, Fault.CLIENT_CLOSED
+_GOOD, _CLIENT_CLOSED, _LOADING = Verdict.GOOD, Fault.CLIENT_CLOSED, Fault.LOADING
 _COMPLETE, _ERROR = End.COMPLETE, End.ERROR
 
 
@@ -83,8 +83,10 @@ class Pipeline:
             try:
                 choice = self._chooser.try_now(exchange, model, tried)
                 if choice is None:
+                    # That one is starting is no answer yet: it is worth a wait for another's room.
+                    patient = fallback is None or fallback.last.fault is _LOADING
                     choice = await self._chooser.choose(
-                        exchange, model, tried, run, patient=fallback is None
+                        exchange, model, tried, run, patient=patient
                     )
             except ProxyError:
                 if fallback is None or attempt is None:
@@ -131,21 +133,19 @@ class Pipeline:
         try:
             lone = choice.spare == 0 or not exchange.may_repeat
             await attempt.open(source, lone=lone)
+            delay = None
             if choice.hooks.hop is not None:
-                warm = partial(self._chooser.warm_elsewhere, exchange, model, tried)
-                await Follower(attempt, source, lone, warm).run(choice.hooks.hop)
+                leave = partial(self._leave, exchange, model, tried, choice, attempt)
+                delay = await Follower(attempt, source, lone, leave).run(choice.hooks.hop)
             judgement = attempt.last = self._judge(exchange, choice, attempt)
             if judgement.lacks_model and model is not None:
                 if live.models is None:
                     self._fleet.lacks(live, model)
                 else:
                     self._fleet.ask_soon(choice.candidate)
-            delay = None
             good = judgement.verdict is _GOOD
-            if not good:
-                exchange.attempts.append(attempt.outcome(judgement, cancelled=False))
-                delay = self._next(exchange, model, tried)
-                exchange.attempts.pop()
+            if not good and delay is None:
+                delay = self._next(exchange, model, tried, attempt, judgement)
             answer = attempt.answer
             if delay is None and answer is not None and (good or _relayable(answer, judgement)):
                 client.commit(attempt, attempt.number)
@@ -168,11 +168,41 @@ class Pipeline:
             return attempt.judgement_of_error()
         return judge(exchange, choice.candidate, choice.provider, attempt.answer)
 
-    def _next(self, exchange: Exchange, model: str | None, tried: tuple[str, ...]) -> float | None:
+    def _leave(
+        self,
+        exchange: Exchange,
+        model: str | None,
+        tried: tuple[str, ...],
+        choice: Choice,
+        attempt: Attempt,
+    ) -> float | None:
+        """Seconds until an attempt at a warm candidate instead; None: there shall be none."""
+        if not self._chooser.warm_elsewhere(exchange, model, tried):
+            return None
+        judgement = self._judge(exchange, choice, attempt)
+        return self._next(exchange, model, tried, attempt, judgement)
+
+    def _next(
+        self,
+        exchange: Exchange,
+        model: str | None,
+        tried: tuple[str, ...],
+        attempt: Attempt,
+        judgement: Judgement,
+    ) -> float | None:
         """Seconds until another attempt, by the retry rules; None: no other attempt."""
-        outcome = exchange.attempts[-1]
+        outcome = attempt.outcome(judgement, cancelled=False)
         if not outcome.repeatable:
             return None
+        exchange.attempts.append(outcome)
+        try:
+            return self._granted(exchange, model, tried, outcome)
+        finally:
+            exchange.attempts.pop()
+
+    def _granted(
+        self, exchange: Exchange, model: str | None, tried: tuple[str, ...], outcome: Outcome
+    ) -> float | None:
         left = self._chooser.plan(exchange, model, tried)
         if not left:
             return None
@@ -196,7 +226,7 @@ class Pipeline:
             run.end = _ERROR
             if attempt.error is not None and not isinstance(attempt.error, UpstreamError):
                 raise attempt.take_error()  # the client's own request was at fault
-            if fallback is None:
+            if fallback is None or attempt.accepted:  # what another said is no word on that work
                 raise self._error_of(exchange, attempt)
             client.commit(fallback, len(exchange.attempts))
             return
