@@ -143,7 +143,7 @@ async def test_start_when_no_source_has_answered_says_503_and_ready_says_no(
     async with RawBackend(chat_stream("hi", 3)) as backend, proxy(**by_file(path)) as p:
         answer = await ask(p, chat(model="m"))
         assert (answer.status, answer.header(b"Retry-After")) == (503, [b"5"])
-        assert b"no healthy backend" in answer.body
+        assert b"discovery has not answered" in answer.body
         async with RawClient(p.port) as client:
             assert (await client.ask(request("GET", "/ready"))).status == 503
         await eventually(lambda: p.events("discovery.failed"), NEWS)

@@ -504,7 +504,7 @@ async def test_takes_when_a_backend_cannot_take_a_request_another_gets_it_always
         assert one.requests == []
         async with proxy(rows[0], providers={"choosy": kind}) as p, RawClient(p.port) as client:
             got = await client.ask(request("POST", "/api/chat", body=body))
-            assert got.status == 503
+            assert (got.status, got.json["error"]) == (503, "no backend takes POST /api/chat")
 
 
 async def test_fields_when_they_are_added_they_replace_the_clients_of_that_name() -> None:
@@ -552,3 +552,24 @@ async def test_garbage_when_a_carried_or_hopping_exchange_has_ended_is_none() ->
         assert await left_over(p, asked(chat(stream=True), 502)) == {}
     async with RawBackend(_warmed) as backend, proxy(hopping(backend), providers=HOPS) as p:
         assert await left_over(p, asked(chat())) == {}
+
+
+async def test_start_when_the_answer_says_so_counts_as_one_though_nothing_was_known() -> None:
+    """The first start of every backend was booked as the latency of its answers."""
+
+    async def script(conn: BackendConn) -> None:
+        async for _ in each_request(conn):
+            await conn.send(WARMING if len(backend.requests) < 3 else json_bytes(ANSWER))
+
+    async with (
+        RawBackend(script) as backend,
+        proxy(hopping(backend), providers=HOPS) as p,
+        RawClient(p.port) as client,
+    ):
+        assert (await client.ask(chat())).status == 200
+        (live,) = [c.live for c in p.app.fleet.candidates()]
+        assert len(live.cold_starts) == 1
+        assert live.latency is None
+        assert (await client.ask(chat())).status == 200
+        assert len(live.cold_starts) == 1
+        assert live.latency is not None

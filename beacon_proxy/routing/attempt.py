@@ -35,7 +35,7 @@ from .judge import Judgement, of_fault
 # Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
 _NEUTRAL, _STRIKE = Verdict.NEUTRAL, Verdict.STRIKE
 _DEADLINE, _CONNECT = Fault.DEADLINE, Stage.CONNECT
-_WARM, _UNKNOWN = Warmth.WARM, Warmth.UNKNOWN
+_WARM, _UNKNOWN, _WARMING = Warmth.WARM, Warmth.UNKNOWN, Warmth.WARMING
 
 
 @dataclass(slots=True)
@@ -166,6 +166,14 @@ class Attempt:
                 return
             self._stop_upload()
             connection = None
+
+    def note_start(self, *, certain: bool) -> None:
+        """The backend has to start for this: its wait is a cold start and no latency.
+
+        Where that is not `certain`, one that is known to be warm may only be slow.
+        """
+        if certain or self._was is _UNKNOWN:
+            self._was = _WARMING
 
     @property
     def may_ask_again(self) -> bool:

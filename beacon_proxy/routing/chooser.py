@@ -17,6 +17,7 @@ from ..contracts import (
     Provider,
     Stage,
     Warmth,
+    canonical_model,
 )
 from ..errors import Limited, NoBackend, Overloaded, UpstreamError
 from ..fleet.fleet import Fleet
@@ -183,14 +184,32 @@ class Chooser:
 
     def nobody(self, exchange: Exchange) -> NoBackend:
         """What to tell a client that no backend can be asked for."""
-        where = f" in region {exchange.region}" if exchange.region else ""
         now = self._fleet.now()
         waits = [
             max(candidate.live.ejected_until, candidate.live.resting_until) - now
             for candidate in self._fleet.candidates()
         ]
         wait = min((wait for wait in waits if wait > 0), default=5.0)
-        return NoBackend(f"no healthy backend{where}", retry_after=min(max(wait, 1.0), 60.0))
+        return NoBackend(self._why_nobody(exchange), retry_after=min(max(wait, 1.0), 60.0))
+
+    def _why_nobody(self, exchange: Exchange) -> str:
+        """Health is the usual reason, but not where nobody would ever do."""
+        where = f" in region {exchange.region}" if exchange.region else ""
+        fleet = self._fleet
+        if not fleet.rows and fleet.unasked:
+            return "no backend is known yet: discovery has not answered"
+        model = canonical_model(exchange.model) if exchange.model else None
+        serving: Candidates = fleet.serving(model, ())
+        if fleet.choosy and serving:
+            serving = fleet.taking(exchange, serving)
+            if not serving:
+                return f"no backend takes {exchange.method} {exchange.path[:64]}"
+        if exchange.region_mode == "require" and exchange.region:
+            there = [c for c in serving if c.backend.region == exchange.region]
+            if not there:
+                what = f" that serves the model {exchange.model!r}" if model else ""
+                return f"no backend{where}{what}"
+        return f"no healthy backend{where}"
 
 
 def _release(permits: list[Permit]) -> None:

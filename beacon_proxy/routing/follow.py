@@ -105,6 +105,7 @@ class Follower:
         if self._asked is not None:
             return False  # the work is done: this is how it ended
         attempt.candidate.live.learn_warmth(Warmth.WARMING, monotonic() + WARMING_TIME)
+        attempt.note_start(certain=True)
         return attempt.may_ask_again and self._stays
 
     def _knows_result(self, target: bytes) -> bool:
@@ -113,6 +114,7 @@ class Follower:
             self._fail(Fault.MALFORMED, "the result's address is none that can be asked for")
             return False
         self._asked = target
+        self._attempt.note_start(certain=False)
         self._attempt.accepted = self._lone = True  # so half of the time need not be left to others
         return True
 

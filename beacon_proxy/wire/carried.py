@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 
 from ..contracts import CLEAN_UP, Fault, Headers, Notify, Reply, Timeouts, tell_nobody
+from ..errors import told
 from .answer import Answer
 from .connection import ROUND
 from .expect import Framing
@@ -103,7 +104,7 @@ class Carried:
         except (aiohttp.ClientError, OSError) as exc:  # TimeoutError is one, too
             self.fail(*fault_of(exc))
         except Exception as exc:  # a plugin's fault: for its author, not for the client
-            notify("carry.failed", error=repr(exc)[:200])
+            notify("carry.failed", error=told(exc))
             self.fail(Fault.MALFORMED, "the provider's transport failed")
         else:
             self.fail(Fault.CLOSED, "the provider brought no end of the answer")
