@@ -18,6 +18,7 @@ from beacon_proxy.wire.pool import tls_context
 from beacon_proxy.wire.upload import REPLAY_CAP, Kept
 
 from .kit import RawBackend, RawClient, chat, chat_events, eventually, json_answer, proxy, request
+from .test_garbage import asked, left_over
 from .test_transports import ANSWER, JSON, SSE, Carrying, carried, document
 
 
@@ -303,3 +304,12 @@ async def test_carry_when_the_authorities_of_a_backend_have_gone_the_next_is_ask
                 assert p.events("server.failed") == []
             assert status == 200 or done["attempts"][0]["fault"] == "tls"
     assert json.loads(got.body) == ANSWER
+
+
+async def test_garbage_when_a_carried_answer_was_refused_is_none() -> None:
+    async def work(submission: Submission, reply: Reply) -> None:
+        reply.head(101, JSON)
+        await asyncio.Event().wait()
+
+    async with carried(work) as (p, _):
+        assert await left_over(p, asked(chat(), 502)) == {}

@@ -31,6 +31,7 @@ from .kit import (
     request,
 )
 from .test_discovery import by_file, names, put
+from .test_garbage import asked, left_over
 from .test_transports import ANSWER, HOPS, SEE_OTHER, WARMING, Hopping, hopping, named
 
 GOOD = json_bytes(ANSWER)
@@ -385,3 +386,16 @@ async def test_inference_when_a_provider_makes_up_no_target_nothing_is_sent(targ
             assert told["failure"]["code"] == "INVALID_RESPONSE"
             assert p.events("server.failed") == []
         assert backend.requests == []
+
+
+async def test_garbage_when_a_result_was_given_up_is_none() -> None:
+    async with Results(SEE_OTHER) as backend, RawBackend(json_answer(ANSWER)) as other:
+        rows = (hopping(backend, timeouts=SHORT), behind(other))
+        async with proxy(*rows, providers=HOPS) as p:
+            assert await left_over(p, asked(chat(headers=[HERE]), 504)) == {}
+    async with (
+        Warming() as cold,
+        RawBackend(json_answer(ANSWER)) as warm,
+        proxy(hopping(cold), behind(warm), providers=HOPS) as p,
+    ):
+        assert await left_over(p, asked(chat(headers=[HERE]))) == {}
