@@ -590,6 +590,13 @@ class Reply(Protocol):
         """The provider says how long the request waited for the backend to start."""
         ...
 
+    def left_behind(self, what: str) -> None:
+        """Work that may still run at the backend, and be paid for, though nobody waits for it.
+
+        Told to the operator; may be called after the answer was given up.
+        """
+        ...
+
 
 class Carries(Protocol):
     """A provider with a transport of its own, such as a queue of jobs."""

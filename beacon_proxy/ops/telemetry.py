@@ -33,6 +33,7 @@ LEVELS = {
     "discovery.unplaced": "warning",
     "discovery.stopped": "error",
     "fleet.panicked": "warning",
+    "job.left_behind": "warning",
     "observe.failed": "error",
     "probe.failed": "warning",
     "probes.stopped": "error",

@@ -44,6 +44,7 @@ async def carry_by(carry: Carry, attempt: Attempt, source: Source, lone: bool) -
         wire.carriers,
         lambda reply: carry(backend, submission, reply, session),
         f"carry {exchange.id}",
+        backend.name,
     )
     if upload is not None:
         upload.lend(task)

@@ -64,6 +64,7 @@ class Carried:
         "_pieces_pass",
         "_room",
         "_task",
+        "_tell",
         "_wheel",
         "bucket",
         "closing",
@@ -83,6 +84,7 @@ class Carried:
         self._cold = cold
         self._answer: Answer | None = answer
         self._task: asyncio.Task[None] | None = None
+        self._tell: tuple[Notify, str] = (tell_nobody, "")
         self._room = asyncio.Event()
         self._room.set()
         self._open = False  # the head has been told
@@ -90,9 +92,12 @@ class Carried:
         self.reading_paused = self.closing = False
         self.bucket: int | None = None
 
-    def start(self, carriers: Carriers, work: Work, name: str) -> asyncio.Task[None]:
-        """Begin the answer, and let the provider's task fill it."""
+    def start(
+        self, carriers: Carriers, work: Work, name: str, backend: str
+    ) -> asyncio.Task[None]:
+        """Begin the answer, and let the provider's task fill it; `backend` is its name."""
         assert self._answer is not None
+        self._tell = carriers.notify, backend
         self._wheel.add(self, self._loop.time() + ROUND)
         self._answer.begin(self, False)
         self._task = task = carriers.start(self._run(work, carriers.notify), name)
@@ -176,6 +181,10 @@ class Carried:
     def started_cold(self, seconds: float) -> None:
         if self._answer is not None:
             self._answer.cold_start = seconds
+
+    def left_behind(self, what: str) -> None:
+        notify, backend = self._tell
+        notify("job.left_behind", backend=backend, what=what[:200])
 
     # -- answer.Flow -----------------------------------------------------------------------------
 
