@@ -77,7 +77,7 @@ async def test_check_when_asked_asks_for_the_models_once_an_hour_at_most() -> No
 async def test_check_when_there_are_no_models_says_what_is_there(
     raw: bytes, verdict: Verdict, fault: Fault | None
 ) -> None:
-    async with asked(raw, Modal()) as (web, ask):
+    async with asked(raw, Modal(), kind="server") as (web, ask):
         check = await ask()
     assert (check.verdict, check.fault, check.warmth) == (verdict, fault, None)
     assert len(web.requests) == 1

@@ -373,6 +373,16 @@ async def test_edge_when_the_app_is_stopped_health_sends_no_more_traffic_there()
     assert len(edge.posts) == 5
 
 
+@pytest.mark.parametrize("kind", ["auto", "function"])
+async def test_function_when_its_app_says_503_after_its_work_is_not_paid_twice(kind: str) -> None:
+    """It was posted again until the limit of a cold start, as if a Server were starting."""
+    edge = Function(answers(said(503, b"upstream failed"), cuts=0))
+    async with edge, proxy(row(edge, kind=kind, timeouts={"cold_start": 4})) as p:
+        got = await ask(p, chat())
+    assert (got.status, got.body) == (503, b"upstream failed")
+    once(edge, gets=0)
+
+
 async def test_function_when_another_request_runs_waits_as_for_a_cold_start() -> None:
     """One container takes one input: beside it, a warm function starts cold all the same."""
     limits = {"first_content": 1.0, "document": 1.0, "cold_start": 10}

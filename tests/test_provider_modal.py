@@ -41,6 +41,8 @@ BACKEND = Backend(
 )
 KEYED = replace(BACKEND, api_key="k")
 FUNCTION, SERVER = replace(BACKEND, kind="function"), replace(BACKEND, kind="server")
+DIRECT = replace(BACKEND, host="ws--app-serve.us-east.modal.direct")
+OWN_DOMAIN = replace(BACKEND, host="llm.modal.run.example.org")
 
 
 def test_provider_when_it_stands_alone_has_the_defaults_of_its_family() -> None:
@@ -173,7 +175,10 @@ RESULT = (b"Location", b"https://ws--app-serve.modal.run/?__modal_function_call_
         pytest.param(BACKEND, 500, NO_PORT, Fault.STATUS, id="2.4 no port"),
         pytest.param(BACKEND, 500, b"modal-http: oh", Fault.STATUS, id="2.4 another 500"),
         pytest.param(BACKEND, 500, b"boom", None, id="2.4 the app's own 500"),
-        pytest.param(BACKEND, 503, b"", Fault.LOADING, id="2.4 warming, kind auto"),
+        pytest.param(DIRECT, 503, b"", Fault.LOADING, id="2.1 warming, a host of Servers"),
+        pytest.param(DIRECT, 503, b'{"detail":"no"}', Fault.LOADING, id="2.1 whatever it says"),
+        pytest.param(BACKEND, 503, b"", None, id="2.1 kind auto, a host of functions"),
+        pytest.param(OWN_DOMAIN, 503, b"", None, id="2.1 kind auto, a domain of one's own"),
         pytest.param(SERVER, 503, b"", Fault.LOADING, id="2.4 warming, kind server"),
         pytest.param(FUNCTION, 503, b"", None, id="2.1 a function never warms by 503"),
         pytest.param(BACKEND, 503, b'{"detail":"no"}', None, id="2.4 the app's own, kind auto"),
@@ -290,6 +295,8 @@ def test_hop_when_a_result_is_expired_asks_for_it_again_some_times_only() -> Non
     ("backend", "status", "body", "target"),
     [
         pytest.param(FUNCTION, 503, b"", AT, id="a function never warms by 503"),
+        pytest.param(BACKEND, 503, b"upstream failed", AT, id="nor does a host of functions"),
+        pytest.param(OWN_DOMAIN, 503, b"", AT, id="nor what is not known to be a Server"),
         pytest.param(SERVER, 503, VLLM_BUSY, AT, id="busy is not starting"),
         pytest.param(SERVER, 503, b"", PENDING, id="a 503 that is a result"),
         pytest.param(BACKEND, 400, BAD_REDIRECT, PENDING, id="bad redirect"),
@@ -302,6 +309,13 @@ def test_hop_when_an_answer_is_one_asks_nothing_more(
     backend: Backend, status: int, body: bytes, target: bytes
 ) -> None:
     assert Modal().hop(backend, status, (), body, target, 0) is None
+
+
+@pytest.mark.parametrize("host", [DIRECT.host, "WS--A-F.EU-WEST.MODAL.DIRECT"])
+def test_hop_when_the_host_is_one_of_servers_asks_again_by_that_alone(host: str) -> None:
+    hop = Modal().hop(replace(DIRECT, host=host), 503, (), b"no container", AT, 0)
+    assert hop is not None
+    assert hop.target is None
 
 
 def test_hop_when_a_server_keeps_starting_waits_longer_up_to_a_bound() -> None:
@@ -353,7 +367,9 @@ def test_fields_when_the_client_names_a_session_names_it_by_a_hash() -> None:
     assert len(value) == 32
     assert b"ann" not in value
     assert provider.fields(SERVER, exchange("ann@example.org")) == ((name, value),)
-    assert provider.fields(BACKEND, exchange("ann@example.org")) == ((name, value),)
+    assert provider.fields(DIRECT, exchange("ann@example.org")) == ((name, value),)
+    assert provider.fields(OWN_DOMAIN, exchange("ann@example.org")) == ((name, value),)
+    assert provider.fields(BACKEND, exchange("ann@example.org")) == ()
     assert provider.fields(SERVER, exchange("bob@example.org")) != ((name, value),)
     assert provider.fields(SERVER, exchange("\udcff")) != ((name, value),)
     # Who does not know the key cannot try out addresses.

@@ -7,7 +7,11 @@ Function: it holds the request, the start of a container included, for 150 s; th
     with the address where the result will be. A GET there waits as long again, and so on. The work
     goes on meanwhile and is paid for once: it is never posted a second time.
 Server: while no container is ready it answers 503 at once, and that request starts one; it is asked
-    again, with backoff, until the limit of a cold start. A kind of `auto` may be either.
+    again, with backoff, until the limit of a cold start.
+
+Nothing in a 503 tells the two apart, and repeating that of a function buys its work again. So a
+kind of `auto` goes by the host: `*.modal.direct` is a Server, `*.modal.run` a function, and at a
+domain of one's own nothing is repeated. Whoever says `kind: server` says that its 503s mean this.
 
 Any request to an app's URL is an input: it starts a GPU container where none runs, which then stays
 for its scaledown window, a minute by default. So a check is sent only while traffic keeps the
@@ -70,6 +74,7 @@ _LOST_MOST = 5  # times in a row that a result may be called expired
 _ASK_AGAIN = 3600.0  # s between two checks that reach the app
 _CHECK_TIME = 3.0  # s; less than health gives a check, whose end would be a strike
 _DAY = 86_400.0  # s
+_KIND_OF_DOMAIN = ((".modal.direct", "server"), (".modal.run", "function"))
 
 # status, words of the edge: what it means. The first that fits is taken.
 _EDGE_SAYS: tuple[tuple[int, bytes, Fault, str], ...] = (
@@ -144,7 +149,7 @@ class Modal:
 
         A client's own name for it is passed on; of any other only a keyed hash leaves this house.
         """
-        if exchange.session is None or backend.kind == "function":
+        if exchange.session is None or _kind(backend) == "function":
             return ()
         wanted = _SESSION.lower()
         own = tuple(pair for pair in exchange.headers if pair[0].lower() == wanted)
@@ -299,12 +304,15 @@ def _of_303(backend: Backend, headers: Headers) -> Finding | None:
 
 
 def _is_starting(backend: Backend, body: bytes) -> bool:
-    """Whether a 503 says that the model is not up yet, by the app's words or by the edge's.
-
-    A function's request waits instead. What the edge writes beside a server's 503 is not known, so
-    where the kind is not either, a document is taken for the app's own.
-    """
+    """Whether a 503 says that the model is not up yet, by the app's words or by the kind."""
     fault = judge_server(backend, 503, body)
-    if fault is not None or backend.kind == "function":
-        return fault is Fault.LOADING
-    return backend.kind == "server" or not body[:LOOK].lstrip().startswith((b"{", b"[", b"<"))
+    return fault is Fault.LOADING or (fault is None and _kind(backend) == "server")
+
+
+def _kind(backend: Backend) -> str:
+    """What stands behind the URL; `auto` where neither the configuration nor the host says it."""
+    if backend.kind == "auto":
+        for domain, kind in _KIND_OF_DOMAIN:
+            if backend.host.lower().endswith(domain):
+                return kind
+    return backend.kind
