@@ -812,3 +812,31 @@ async def test_stream_when_an_event_reports_a_failure_the_attempt_is_a_strike() 
         (done,) = await p.exchanges(1)
     assert told.code() == ("PROVIDER_ERROR", True, 200)
     assert (done["end"], done["attempts"][0]["fault"]) == ("error", "error_body")
+
+
+@pytest.mark.parametrize(
+    ("said", "least", "most"),
+    [
+        pytest.param(b"7", 7, 7, id="seconds"),
+        pytest.param(b"\xb2", None, None, id="a superscript"),
+        pytest.param(b"9" * 400, 1e9, 1e9, id="a number without end"),
+        pytest.param(b"-5", None, None, id="less than nothing"),
+        pytest.param(b"Mon, 01 Jan 0001 00:00:00 -0000", 0, 0, id="before time"),
+        pytest.param(b"Mon, 01 Jan 2030 00:00:00 +99999999999999", None, None, id="no zone"),
+    ],
+)
+async def test_failure_when_retry_after_cannot_be_read_is_the_backends_and_not_ours(
+    said: bytes, least: float | None, most: float | None
+) -> None:
+    """It was a 500 of the proxy's own."""
+    refusal = b"HTTP/1.1 503 Busy\r\nRetry-After: %b\r\nContent-Length: 0\r\n\r\n" % said
+    async with RawBackend(answer(refusal)) as backend, proxy(backend) as p:
+        told = await ask(p, False)
+        assert p.events("server.failed") == []
+    assert told.code() == ("PROVIDER_BUSY", True, 503)
+    wait = told.failure.get("retry_after")
+    if least is None or most is None:
+        assert wait is None
+    else:
+        assert wait is not None
+        assert least <= wait <= most

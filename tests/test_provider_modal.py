@@ -339,6 +339,12 @@ def test_hop_when_a_server_keeps_starting_waits_longer_up_to_a_bound() -> None:
         pytest.param(b"0", 0.25, id="less than the backoff"),
         pytest.param(b"soon", 0.25, id="neither"),
         pytest.param(formatdate(1.0, usegmt=True).encode(), 0.25, id="a date gone by"),
+        pytest.param(b"Mon Jan 12 13:47:10 1970", 30.0, id="a date without its zone"),
+        pytest.param(b"\xb2", 0.25, id="a superscript"),
+        pytest.param(b"-5", 0.25, id="less than nothing"),
+        pytest.param(b"9" * 400, 86_400.0, id="a number without end"),
+        pytest.param(b"Mon, 01 Jan 0001 00:00:00 -0000", 86_400.0, id="the year 1, or 2001"),
+        pytest.param(b"Mon, 01 Jan 2030 00:00:00 +99999999999999", 0.25, id="no zone of ours"),
     ],
 )
 def test_hop_when_a_server_says_retry_after_waits_no_less(value: bytes, least: float) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from time import time
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ _NO_MODEL = re.compile(
     rb"model_not_found|model\b.{0,200}\bnot (?:found|exist)|not_found_error.{0,80}model\b",
     re.IGNORECASE | re.DOTALL,
 )
+_DIGITS = re.compile("[0-9]+")  # str.isdigit takes a superscript, too
+_WAIT_MOST = 1e9  # s; a number of any length is one
 _BUSY_STATUSES = (429, 503, 529)
 _BUSY_WORDS = ("overloaded", "rate_limit", "unavailable", "busy")
 
@@ -253,9 +256,12 @@ def _retry_after(answer: Answer) -> float | None:
     if value is None:
         return None
     text = value.decode("latin-1").strip()
-    if text.isdigit():
-        return float(text[:9])
+    if _DIGITS.fullmatch(text):
+        return min(float(text), _WAIT_MOST)
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time())
-    except (ValueError, TypeError):
+        until = parsedate_to_datetime(text)
+        if until.tzinfo is None:  # every date of HTTP is UTC, said or not
+            until = until.replace(tzinfo=UTC)
+        return min(max(0.0, until.timestamp() - time()), _WAIT_MOST)
+    except (ValueError, TypeError, OverflowError):
         return None

@@ -33,6 +33,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from hashlib import blake2b
 from math import inf
@@ -67,6 +68,7 @@ _BASE, _TOKEN = "MODAL_API_BASE", "MODAL_API_TOKEN"
 _EDGE = b"modal-http:"
 _RESULT = "__modal_function_call_id="
 _SESSION = b"Modal-Session-ID"
+_DIGITS = re.compile("[0-9]+")  # str.isdigit takes a superscript, too
 _VISIBLE = re.compile(rb"[!-~]+")
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 5.0  # s, the bounds of the first backoff and of any
 _PLAIN_HOPS = 4  # results in a row that are asked for at once; the edge takes 150 s for each
@@ -251,12 +253,15 @@ class Modal:
     def _retry_after(self, headers: Headers) -> float:
         """Seconds of the Retry-After field, in either form (RFC 9110 10.2.3); 0 without one."""
         said = next((value for name, value in headers if name.lower() == b"retry-after"), b"")
-        text = said.decode("latin-1")
-        if text.isdigit():
-            return float(text[:9])
+        text = said.decode("latin-1").strip()
+        if _DIGITS.fullmatch(text):
+            return min(float(text), _DAY)
         try:
-            return max(0.0, parsedate_to_datetime(text).timestamp() - self._unix())
-        except ValueError:
+            until = parsedate_to_datetime(text)
+            if until.tzinfo is None:
+                until = until.replace(tzinfo=UTC)
+            return min(max(0.0, until.timestamp() - self._unix()), _DAY)
+        except (ValueError, TypeError, OverflowError):
             return 0.0
 
 
