@@ -62,6 +62,17 @@ async def test_check_when_asked_asks_for_the_models_once_an_hour_at_most() -> No
     assert (got.header("authorization"), got.header("x-team")) == ([], [b"r"])
 
 
+async def test_check_when_another_app_has_the_name_asks_that_one() -> None:
+    """Its list was not asked for until the hour of the one before was over."""
+    now = 0.0
+    provider = Modal(clock=lambda: now)
+    async with asked(MODELS, provider) as (_, first), asked(MODELS, provider) as (_, second):
+        assert (await first()).models == (await second()).models == ("llama",)
+        async with asked(MODELS, provider, joined=5.0) as (_, again):
+            assert await first() is await second() is None
+            assert (await again()).models == ("llama",)
+
+
 @pytest.mark.parametrize(
     ("raw", "verdict", "fault"),
     [

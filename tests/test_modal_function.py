@@ -211,6 +211,25 @@ async def test_function_when_its_result_is_called_expired_asks_again() -> None:
     once(edge, gets=2)
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/inference", "/jobs"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_function_when_a_client_names_a_result_it_does_not_get_another_clients(
+    path: str, method: str
+) -> None:
+    """Our own token would have opened it."""
+    edge = Function(answers(json_bytes({"of": "another"})), token=TOKEN)
+    async with edge, proxy(row(edge, api_key="wk-abc:ws-def")) as p:
+        assert (await ask(p, request("POST", "/jobs", body=b"work"))).json == {"of": "another"}
+        named = f"{path}?{RESULT.decode()}fc-1"
+        body = b'{"model": "m", "prompt": "x"}' if method == "POST" else b""
+        fields = [("Content-Type", "application/json")]
+        got = await ask(p, request(method, named, fields, body), method)
+    assert got.status == (200 if path == "/inference" and method == "POST" else 503)
+    assert b"another" not in got.body
+    assert edge.gets == []
+    assert len(edge.posts) == 1
+
+
 @pytest.mark.parametrize("moved", [b"127.0.0.1:1", b"other.modal.run", b"u@127.0.0.1"])
 async def test_function_when_its_result_is_at_another_host_is_not_followed(moved: bytes) -> None:
     """Whoever is there would be given the credentials."""

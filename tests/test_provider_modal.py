@@ -11,6 +11,7 @@ import random
 import sys
 from dataclasses import replace
 from email.utils import formatdate
+from hashlib import blake2b
 
 import pytest
 
@@ -382,6 +383,35 @@ def test_fields_when_the_client_names_a_session_names_it_by_a_hash() -> None:
     assert provider.fields(replace(SERVER, api_key="wk-1:ws-2"), exchange("ann@example.org")) != (
         (name, value),
     )
+
+
+def test_fields_when_there_is_no_key_are_hashed_by_none_that_is_known() -> None:
+    """An empty key was hashed, too: whoever read this file could try out addresses."""
+    ((_, value),) = Modal().fields(SERVER, exchange("ann@example.org"))
+    empty = blake2b(b"").digest()
+    known = blake2b(b"ann@example.org", key=empty, digest_size=16, person=b"modal-session")
+    assert value != known.hexdigest().encode()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        b"__modal_function_call_id=fc-1",
+        b"a=b&__modal_function_call_id=fc-1",
+        b"a=b;__modal_function_call_id=fc-1",
+        b"%5F_modal%5ffunction_call_%69d=fc-1",
+        b"__MODAL_function_call_id=fc-1",
+        b"__modal_function_call_id",
+    ],
+)
+def test_takes_when_the_client_names_a_result_only_where_no_token_of_ours_opens_it(
+    query: bytes,
+) -> None:
+    asked = replace(exchange(None), target=AT + b"?" + query)
+    assert Modal().takes(BACKEND, asked)
+    assert not Modal().takes(KEYED, asked)
+    assert Modal().takes(KEYED, replace(asked, target=AT))
+    assert Modal().takes(KEYED, replace(asked, target=AT + b"?call_id=fc-1"))
 
 
 def test_fields_when_the_client_speaks_to_modal_itself_keeps_its_own() -> None:

@@ -31,14 +31,14 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from hashlib import blake2b
-from math import inf
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from beacon_proxy.contracts import (
     Backend,
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
 _BASE, _TOKEN = "MODAL_API_BASE", "MODAL_API_TOKEN"
 _EDGE = b"modal-http:"
 _RESULT = "__modal_function_call_id="
+_SECRET = secrets.token_bytes(32)
 _SESSION = b"Modal-Session-ID"
 _DIGITS = re.compile("[0-9]+")  # str.isdigit takes a superscript, too
 _VISIBLE = re.compile(rb"[!-~]+")
@@ -92,6 +93,9 @@ _EDGE_SAYS: tuple[tuple[int, bytes, Fault, str], ...] = (
 )
 
 
+_Key = tuple[str, str, float | None]  # name, url, joined
+
+
 class Modal:
     """The provider `modal`."""
 
@@ -115,7 +119,7 @@ class Modal:
         self._clock = clock
         self._unix = unix
         self._rng = random.Random() if rng is None else rng
-        self._asked: dict[str, float] = {}  # backend: when a check last reached its app
+        self._asked: dict[_Key, float] = {}  # when a check last reached that app
 
     def from_environment(self, env: Mapping[str, str], region: str) -> list[dict[str, Any]]:
         """One row once `url` or `url|region` is set; without a region it is that of this instance.
@@ -145,6 +149,13 @@ class Modal:
             pair = ((b"Modal-Key", token), (b"Modal-Secret", secret))
             return (*pair, (b"Authorization", b""), (b"X-Api-Key", b""))
         return ((b"Authorization", b"Bearer " + key), (b"X-Api-Key", b""))
+
+    def takes(self, backend: Backend, exchange: Exchange) -> bool:
+        """Keep out a client that names a result: behind our own token, that may be another's.
+
+        Nobody needs to: results are fetched for the client (`hop`).
+        """
+        return not backend.api_key or b"?" not in (target := exchange.target) or not _named(target)
 
     def fields(self, backend: Backend, exchange: Exchange) -> Headers:
         """Name the session, by which a Server keeps it on one container as far as it can.
@@ -203,10 +214,8 @@ class Modal:
             return await check_stats(backend.control_url, _CHECK_TIME)
         if backend.models is not None:
             return None  # each question is a paid input, and this one has its answer already
-        now = self._clock()
-        if now - self._asked.get(backend.name, -inf) < _ASK_AGAIN:
+        if not self._may_ask(backend):
             return None
-        self._asked[backend.name] = now
         url = backend.origin + backend.base_path.removesuffix("/v1") + "/v1/models"
         fields = plain(self.credentials(backend) + backend.headers)
         try:
@@ -221,6 +230,16 @@ class Modal:
         return self._by_models(
             backend, answer.status, answer.body, listed_models(answer.document())
         )
+
+    def _may_ask(self, backend: Backend) -> bool:
+        """Whether its app was not asked for long; another app of the same name is another one."""
+        now = self._clock()
+        self._asked = {key: at for key, at in self._asked.items() if now - at < _ASK_AGAIN}
+        key = (backend.name, backend.url, backend.joined)
+        if key in self._asked:
+            return False
+        self._asked[key] = now
+        return True
 
     def _by_models(
         self, backend: Backend, status: int, body: bytes, models: tuple[str, ...] | None
@@ -266,10 +285,20 @@ class Modal:
 
 
 def _session_id(session: str, key: str) -> bytes:
-    """A name for a session that cannot be guessed back without the backend's own key."""
+    """A name for a session that cannot be guessed back without a secret.
+
+    That is the backend's own key, so that all instances of the proxy name it alike, and a restart
+    changes nothing. Without a key it lasts as long as this process.
+    """
     named = session.encode("utf-8", "surrogateescape")
-    secret = blake2b(key.encode()).digest()
+    secret = blake2b(key.encode()).digest() if key else _SECRET
     return blake2b(named, key=secret, digest_size=16, person=b"modal-session").hexdigest().encode()
+
+
+def _named(target: bytes) -> bool:
+    """Whether the query names a result, spelled in any way that may be read so."""
+    query = target.partition(b"?")[2].replace(b"+", b" ")
+    return _RESULT.rstrip("=").encode() in unquote_to_bytes(query).lower()
 
 
 def _location(headers: Headers) -> bytes:
