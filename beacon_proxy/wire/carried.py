@@ -92,9 +92,7 @@ class Carried:
         self.reading_paused = self.closing = False
         self.bucket: int | None = None
 
-    def start(
-        self, carriers: Carriers, work: Work, name: str, backend: str
-    ) -> asyncio.Task[None]:
+    def start(self, carriers: Carriers, work: Work, name: str, backend: str) -> asyncio.Task[None]:
         """Begin the answer, and let the provider's task fill it; `backend` is its name."""
         assert self._answer is not None
         self._tell = carriers.notify, backend
