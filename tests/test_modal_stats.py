@@ -18,6 +18,7 @@ from modal_proto import api_pb2
 
 from beacon_proxy.contracts import Capacity, Fault, Verdict, Warmth
 from beacon_proxy.errors import ConfigError
+from providers.modal import stats as stats_module
 from providers.modal.stats import check_stats
 
 from .kit import RawBackend, RawClient, answer, eventually, json_bytes, proxy, request
@@ -103,6 +104,57 @@ async def test_stats_when_the_control_plane_hangs_give_up_in_time_and_block_nobo
         check = await asking
     assert (check.verdict, check.fault) == (Verdict.NEUTRAL, Fault.TIMEOUT)
     assert turns > 3, "the loop stood still"
+
+
+HANGS = """
+import asyncio, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from providers.modal import stats as stats_module
+from providers.modal.stats import check_stats
+
+async def main():
+    checks = [await check_stats("modal://a/b", 0.2) for _ in range(3)]
+    assert {check.fault for check in checks} == {"timeout"}, checks
+    print(threading.active_count())
+
+asyncio.run(main())
+"""
+
+
+async def test_stats_when_the_import_hangs_have_one_thread_and_do_not_hold_up_the_end(
+    tmp_path: Path,
+) -> None:
+    """Each check began another, and the process waited for all of them at its end."""
+    (tmp_path / "modal.py").write_text("import time\ntime.sleep(600)\n")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", HANGS, str(tmp_path)),
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(20):
+            out, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert (process.returncode, err) == (0, b"")
+    assert out.strip() == b"2"  # the main thread, and the import
+
+
+async def test_stats_when_the_import_fails_say_so_and_try_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stats_module, "_importing", None)
+    with monkeypatch.context() as broken:
+        broken.setitem(sys.modules, "modal", None)
+        check = await check_stats(URL, PATIENCE)
+        assert (check.verdict, check.fault) == (Verdict.NEUTRAL, Fault.RESET)
+        assert check.detail.endswith("ModuleNotFoundError")
+    async with ControlPlane() as plane, told(plane, monkeypatch):
+        assert (await check_stats(URL, PATIENCE)).verdict is Verdict.GOOD
 
 
 async def test_stats_when_there_is_no_token_say_where_it_belongs(

@@ -3,14 +3,18 @@
 `control_url: modal://APP/FUNCTION[?environment=NAME]` with the optional package `modal`
 (`pip install 'beacon-proxy[modal]'`), which takes its token from MODAL_TOKEN_ID and
 MODAL_TOKEN_SECRET or from its own ~/.modal.toml. The package is imported by the first check, beside
-the loop, and runs its gRPC in a thread and a loop of its own, which it ends by itself at exit.
+the loop, and runs its gRPC in a thread and a loop of its own, which it ends by itself at exit. An
+import that hangs holds up nobody: there is one of it, which all checks wait for, each for its time,
+and which the process does not wait for at its end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+from concurrent.futures import Future
 from importlib.util import find_spec
+from threading import Thread
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -52,7 +56,7 @@ async def check_stats(control_url: str, seconds: float) -> Check:
     assert named is not None, "the configuration was not checked"
     try:
         async with asyncio.timeout(seconds):
-            modal = await asyncio.to_thread(_package)
+            modal = await asyncio.wrap_future(_imported())
             # Looked up each time: a function that is deployed anew may be another one.
             function = modal.Function.from_name(
                 named.app, named.function, environment_name=named.environment
@@ -63,6 +67,26 @@ async def check_stats(control_url: str, seconds: float) -> Check:
         return Check(Verdict.NEUTRAL, fault=Fault.TIMEOUT, detail=detail)
     except Exception as exc:  # the package's own errors, and those of the gRPC below it
         return _by_error(type(exc).__name__)
+
+
+_importing: Future[ModuleType] | None = None
+
+
+def _imported() -> Future[ModuleType]:
+    """The package, or its import, which goes on when whoever asked for it has given up."""
+    global _importing
+    if _importing is None or (_importing.done() and _importing.exception() is not None):
+        _importing = Future()
+        _importing.set_running_or_notify_cancel()  # from now on nobody can cancel it
+        Thread(target=_import, args=(_importing,), name="import modal", daemon=True).start()
+    return _importing
+
+
+def _import(found: Future[ModuleType]) -> None:
+    try:
+        found.set_result(_package())
+    except Exception as exc:
+        found.set_exception(exc)
 
 
 def _package() -> ModuleType:
