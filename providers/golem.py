@@ -171,12 +171,17 @@ async def _kind_of(backend: Backend, session: aiohttp.ClientSession, version: An
     own words, for there the answer tells what loading the model cost (`load_duration`).
 
     Args:
-        version: what it answered to `/api/version`, which of all these servers Ollama alone has.
+        version: what it answered to `/api/version`. Ollama has that, and so have servers that are
+            none (llama-swap): it is one if `/api/tags` lists, too.
     """
     said = version.document() if version.status == 200 else None
     if isinstance(said, Mapping) and isinstance(said.get("version"), str):
-        return "ollama"
-    if version.status not in _NO_ROUTE:
+        tags, _ = await _ask(backend, session, "/api/tags")
+        if _lists(tags, "models"):
+            return "ollama"
+        if tags.status not in _NO_ROUTE:
+            return None
+    elif version.status not in _NO_ROUTE:
         return None
     models, _ = await _ask(backend, session, "/v1/models")
     if _lists(models, "data") or models.status in (401, 403):  # by itself: the first was refused

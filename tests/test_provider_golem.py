@@ -185,6 +185,11 @@ SGLANG: Answers = {  # 4.4: Ollama's routes, too, but neither /api/version nor /
     "GET /ready": (200, "", {}),
     "GET /api/tags": (200, '{"models":[{"name":"m"}]}', {}),
 }
+LLAMA_SWAP: Answers = {  # says its version where Ollama does, and is none
+    "GET /api/version": (200, '{"version":"v171"}', {}),
+    "GET /v1/models": (200, '{"data":[{"id":"m","owned_by":"llama-swap"}]}', {}),
+}
+NAMES_ITS_VERSION: Answers = {"GET /api/version": LLAMA_SWAP["GET /api/version"]}
 VLLM_LOCKED: Answers = {"GET /v1/models": (401, '{"error":"Unauthorized"}', {})}
 PLAIN: Answers = {"OPTIONS /inference": (405, '{"detail":"Method Not Allowed"}', {"Allow": "POST"})}
 PLAIN_BY_FLASK: Answers = {"OPTIONS /inference": (200, "", {"Allow": "OPTIONS, POST"})}
@@ -232,6 +237,7 @@ async def checked(backend: Backend) -> Check:
         (LISTS_TAGS, "ollama", ("qwen2:0.5b",)),
         ({"GET /api/tags": (200, '{"models":null}', {})}, "ollama", ()),  # none pulled yet
         (SGLANG, "openai", ("m",)),
+        (LLAMA_SWAP, "openai", ("m",)),
         (VLLM_LOCKED, "openai", None),
         (PLAIN, "inference", None),
         (PLAIN_BY_FLASK, "inference", None),
@@ -263,6 +269,8 @@ async def test_check_when_kind_is_auto_finds_out_what_it_speaks(
         ({}, (503, '{"error":{"message":"Loading model"}}', {}), Verdict.BUSY),
         ({"GET /api/version": (200, '"0.12"', {})}, NOT_FOUND, Verdict.GOOD),
         ({"GET /api/version": (200, '{"version":3}', {})}, NOT_FOUND, Verdict.GOOD),
+        (NAMES_ITS_VERSION, NOT_FOUND, Verdict.GOOD),
+        (NAMES_ITS_VERSION, (502, "", {}), Verdict.STRIKE),
         ({"GET /v1/models": (200, "[]", {})}, NOT_FOUND, Verdict.NEUTRAL),
         ({"GET /v1/models": (500, "", {})}, NOT_FOUND, Verdict.STRIKE),
     ],
