@@ -7,7 +7,7 @@ differs, and none of the names means anything else.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from beacon_proxy.contracts import Call, Dialect, Prompt, Reading, Usage
@@ -43,13 +43,15 @@ _TEXT = (
 )
 _FAILED = frozenset(
     {
-        *("failed", "failure", "error", "aborted", "expired"),
-        *("cancelled", "canceled", "timed_out", "timeout"),
+        *("failed", "failure", "error", "aborted", "expired", "rejected", "terminated"),
+        *("cancelled", "canceled", "cancelling", "canceling", "timed_out", "timeout"),
     }
 )
 _PENDING = frozenset({"in_queue", "in_progress", "running", "queued", "pending", "starting"})
 _JOB = _PENDING | {"completed", "failed", "cancelled", "timed_out"}
-_BROKEN = ("error", "abort")  # reasons to finish that are none: OpenRouter's, SGLang's
+# Reasons to finish that are none: OpenRouter's, SGLang's, and what others call it.
+_BROKEN = ("error", "abort", "aborted", "cancelled", "canceled", "failed")
+_HTTP_ERRORS = range(400, 600)  # by other numbers some gateways say that all is well
 _COUNTS = (
     ("prompt_tokens", "completion_tokens"),
     ("input_tokens", "output_tokens"),
@@ -121,8 +123,24 @@ def _first_choice(document: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _error_in(document: Mapping[str, Any]) -> str | None:
-    # worker-vllm hides an error in the output of a completed job.
-    return next((said for each in _holders(document) if (said := _error_of(each))), None)
+    # worker-vllm hides an error in the output of a completed job, handlers deeper than that.
+    return next((said for each in _levels(document) if (said := _error_of(each))), None)
+
+
+def _levels(value: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
+    """Every mapping from which a text might be taken, the outer ones first."""
+    if depth > _DEPTH:
+        return
+    if isinstance(value, list):
+        for item in value:
+            if isinstance(item, Mapping | list):
+                yield from _levels(item, depth + 1)
+    elif isinstance(value, Mapping):
+        yield value
+        for key in _TEXT:
+            held = _first_choice(value) if key == "choices" else value.get(key)
+            if isinstance(held, Mapping | list):
+                yield from _levels(held, depth + 1)
 
 
 def _error_of(document: Mapping[str, Any]) -> str | None:
@@ -130,10 +148,9 @@ def _error_of(document: Mapping[str, Any]) -> str | None:
         return _message(error)
     if _has_failed(document):
         return _message(document.get("failure") or document)
-    choice = _first_choice(document)
-    reason = choice.get("finish_reason")
-    if choice.get("error") or (isinstance(reason, str) and reason in _BROKEN):
-        return _message(choice.get("error") or f"the generation ended with: {reason}")
+    reason = document.get("finish_reason")
+    if isinstance(reason, str) and reason.lower() in _BROKEN:
+        return f"the generation ended with: {reason}"
     return None
 
 
@@ -143,7 +160,9 @@ def _has_failed(document: Mapping[str, Any]) -> bool:
         status is False
         or _state(document) in _FAILED
         or ((code := _count(status)) is not None and code >= 400)
+        or _count(document.get("code")) in _HTTP_ERRORS
         or document.get("success") is False
+        or document.get("ok") is False
         or bool(_mapping(document.get("failure")))
         or "error" in (document.get("object"), document.get("type"))  # SGLang's flat shape
     )

@@ -152,6 +152,25 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         {"id": "a", "status": "running", "usage": {"output_tokens": 3}},
         "the job is still running",
     ),
+    "two outputs deep": ({**JOB, "output": {"output": {"error": "boom", "text": "Trace"}}}, "boom"),
+    "in a message": ({"message": {"content": "x", "error": {"message": "boom"}}}, "boom"),
+    "in a part of the content": (
+        {"content": [{"type": "text", "text": "so far"}, {"type": "error", "message": "boom"}]},
+        "boom",
+    ),
+    "a list in a list": ({**JOB, "output": ["so far", [{"output": {"error": "boom"}}]]}, "boom"),
+    "code as a number": ({"text": "x", "message": "boom", "code": 500}, "boom"),
+    "not ok": ({"text": "x", "detail": "boom", "ok": False}, "boom"),
+    "finish_reason, of whoever was stopped": (
+        {"choices": [{"text": "Hel", "finish_reason": "cancelled"}]},
+        "the generation ended with: cancelled",
+    ),
+    "finish_reason, in an output": (
+        {**JOB, "output": [{"text": "Hel", "finish_reason": "ABORT"}]},
+        "the generation ended with: ABORT",
+    ),
+    "cancelling": ({**JOB, "status": "CANCELLING", "output": "Hel"}, "CANCELLING"),
+    "rejected": ({"response": "x", "status": "rejected"}, "rejected"),
     "timed out": ({**JOB, "status": "TIMED_OUT", "output": "Hel"}, "TIMED_OUT"),
 }
 
@@ -164,6 +183,24 @@ def test_read_when_the_answer_is_an_error_has_its_words_and_no_text(
     assert reading.error is not None
     assert reading.error.startswith(words)
     assert reading.text == ""
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"code": 200, "message": "OK"},
+        {"code": 10_000, "message": "success"},
+        {"code": "500"},
+        {"ok": True},
+        {"error": None},
+        {"status": "completed", "code": 0},
+        {"finish_reason": "stop"},
+        {"finish_reason": {"type": "stop"}},
+    ],
+)
+def test_read_when_a_gateway_says_that_all_is_well_has_the_text(said: dict[str, Any]) -> None:
+    reading = read_answer({"text": "hello", **said})
+    assert (reading.text, reading.error) == ("hello", None)
 
 
 # Names and values that mean something somewhere, so that nonsense is near to sense.
@@ -225,6 +262,10 @@ _SAYS_ERROR = st.sampled_from(
         {"output": {"error": "boom"}},
         {"output": [{"text": "so far"}, {"error": {"message": "boom"}}]},
         {"choices": [{"text": "so far", "finish_reason": "error"}]},
+        {"choices": [{"message": {"content": "so far", "error": "boom"}}]},
+        {"output": {"output": {"error": "boom", "text": "so far"}}},
+        {"message": {"content": [{"text": "so far"}, {"status": "failed"}]}},
+        {"code": 429, "message": "slow down"},
     ]
 )
 
