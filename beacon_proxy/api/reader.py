@@ -14,7 +14,8 @@ from ..routing.judge import fault_in, loads, read_document
 from ..wire.answer import Answer
 from ..wire.relay import ClientSink
 
-ANSWER_CAP = 16 << 20  # bytes of a backend's answer, and of one event
+ANSWER_CAP = 16 << 20  # bytes of a backend's answer
+EVENT_CAP = 4 << 20  # bytes of one event; Ollama's last has a number for each token of the context
 _LINE_MOST = 500  # bytes of an error's words
 JSON = (b"Content-Type", b"application/json")
 _NDJSON = (b"Content-Type", b"application/x-ndjson")
@@ -33,7 +34,7 @@ class Reader:
         self._stream = stream
         self._events = False
         self._late = False  # the answer was passed on before its provider could read all of it
-        self._rest = b""
+        self._rest = bytearray()  # the answer, or of its events the line that has not ended
         self._added = b""
         self._texts: list[str] = []
         self._size = 0
@@ -51,7 +52,7 @@ class Reader:
     def start(self, answer: Answer, added: bytes) -> None:
         self._answer, self.status = answer, answer.status
         self._added = added
-        self._rest, self.problem, self.fault, self.reading = b"", None, None, Reading()
+        self._rest, self.problem, self.fault, self.reading = bytearray(), None, None, Reading()
         self._texts, self._size = [], 0
         good = (answer.status or 0) < 300
         self._events = good and answer.head is not None and answer.head.events
@@ -59,16 +60,17 @@ class Reader:
 
     def write(self, data: bytes) -> None:
         self._size += len(data)
-        held = self._size if not self._stream else len(self._rest)
-        if held > ANSWER_CAP and self._answer is not None:
+        whole = 0 if self._stream else self._size
+        most = EVENT_CAP if self._events else ANSWER_CAP
+        if (whole > ANSWER_CAP or len(self._rest) > most) and self._answer is not None:
             self._refuse(Fault.MALFORMED, "the answer is too large")
             self._answer.cut(Fault.MALFORMED, "the answer is too large")
             return
         self._rest += data
-        if self._events:
+        if self._events and b"\n" in data:  # else a long line would be looked through each time
             *lines, self._rest = self._rest.split(b"\n")
             for line in lines:
-                self._event(line.strip())
+                self._event(bytes(line.strip()))
 
     def _event(self, line: bytes) -> None:
         if line.startswith(b"data:"):
@@ -109,17 +111,18 @@ class Reader:
     def finish(self, trailers: Headers) -> None:
         answer, self._answer = self._answer, None
         if self._events:
-            if self._rest.strip():
-                self._event(self._rest.strip())  # the last line, where nothing ends it
+            if rest := bytes(self._rest.strip()):
+                self._event(rest)  # the last line, where nothing ends it
             self.reading = replace(self.reading, text="".join(self._texts))
         elif self.problem is None:
-            read = self._read(self._rest)
+            body = bytes(self._rest)
+            read = self._read(body)
             self.reading = read or Reading()
             if self.status is not None and self.status >= 300:
-                self.problem = self.reading.error or _words(self._rest, self.status)
+                self.problem = self.reading.error or _words(body, self.status)
             else:
                 self._refuse_as(read)
-        self._rest = b""
+        self._rest = bytearray()
         if self._late and self.fault is not None and answer is not None:
             answer.fault, answer.detail = self.fault, "found once it was passed on"
 
@@ -132,7 +135,7 @@ class Reader:
     def fail(self, event: bytes | None) -> None:
         self._answer = None
         self.problem = self.problem or "the backend's answer broke off"
-        self._rest = b""
+        self._rest = bytearray()
 
     def _line(self, content: Mapping[str, Any]) -> None:
         if not self._sink.status:
