@@ -11,13 +11,13 @@ Server: while no container is ready it answers 503 at once, and that request sta
 
 Nothing in a 503 tells the two apart, and repeating that of a function buys its work again. So a
 kind of `auto` goes by the host: `*.modal.direct` is a Server, `*.modal.run` a function, and at a
-domain of one's own nothing is repeated. Whoever says `kind: server` says that its 503s mean this.
+domain of one's own no 503 is repeated. Whoever says `kind: server` says that its 503s mean this.
 
 Any request to an app's URL is an input: it starts a GPU container where none runs, which then stays
 for its scaledown window, a minute by default. So a check is sent only while traffic keeps the
 backend warm, and once in `_ASK_AGAIN` at most: it costs no more than one such window in that time.
 Where `control_url` names the function (`modal://APP/FUNCTION`), its control plane is asked instead,
-which wakes nothing; see `modal_stats`.
+which wakes nothing; see `stats`.
 
 A workspace at its spend limit is back-pressure until the next midnight (UTC), as far as clients are
 told; health rests it for its `max_ejection_time` at a time, so that a raised limit is soon found.
