@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from providers.runpod.pace import Budget, Operation, Pace
@@ -61,6 +63,20 @@ async def test_budget_when_runpod_asks_for_rest_lets_nothing_out_before() -> Non
     budget.rest(7.0)
     await budget.take()
     assert 1007.0 <= time.now < 1007.1
+
+
+async def test_budget_when_those_who_waited_have_left_does_not_count_them() -> None:
+    time = Time()
+    budget = Budget(Operation.RUN, time)
+    tasks = [asyncio.create_task(budget.take()) for _ in range(1000)]
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    after = Budget(Operation.RUN, time, time.sleep)
+    after._due = budget._due
+    await after.take()
+    assert time.now < 1000.1
 
 
 def test_pace_when_nothing_comes_slows_down_and_news_make_it_fast_again() -> None:

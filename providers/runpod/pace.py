@@ -67,7 +67,16 @@ class Budget:
         self._due = max(self._due, now) + self._step
         wait = self._due - now - self._ahead
         if wait > 0:
-            await self._sleep(wait)
+            try:
+                await self._sleep(wait)
+            except BaseException:
+                self._due -= self._step  # who left while it waited has asked for nothing
+                raise
+
+    @property
+    def idle(self) -> bool:
+        """Nothing that was let through, and no pause, is left to be remembered."""
+        return self._due <= self._clock()
 
     def rest(self, seconds: float) -> None:
         """RunPod asks for a pause: from now on nothing goes out for so long."""
