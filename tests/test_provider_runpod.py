@@ -84,6 +84,43 @@ def test_environment_when_endpoint_is_named_makes_one_row(base: str, url: str) -
     ]
 
 
+@pytest.mark.parametrize("url", ["https://ep1.api.runpod.ai", "http://127.0.0.1:1"])
+def test_problem_when_a_check_would_wake_the_endpoint_names_the_key(url: str) -> None:
+    """19: its /health would be a request like any other."""
+    named = BALANCER if url == BALANCER.url else replace(LOCAL, kind="load_balancing")
+    at = named.origin + named.base_path
+    assert str(RUNPOD.problem(replace(named, control_url=at))).startswith("control_url: ")
+    other = replace(named, control_url="https://api.runpod.ai/v2/ep1")
+    assert RUNPOD.problem(other) is None
+
+
+NOT_FOUND = b'{"detail":"Not Found"}'
+
+
+def test_auto_when_a_clients_path_is_unknown_stays_what_it_is() -> None:
+    """vLLM says of a wrong path what an endpoint without the route says of every path."""
+    runpod = RunPod()
+    runpod.hop(ENDPOINT, 404, (), NOT_FOUND, b"/v1/nonsense", 0)
+    assert runpod.judge(ENDPOINT, 404, (), NOT_FOUND) is None
+    assert runpod.judge(ENDPOINT, 200, (), b"{}") is None
+    runpod.hop(ENDPOINT, 404, (), NOT_FOUND, b"/v1/chat/completions", 0)
+    assert not runpod.carries(ENDPOINT), "the route has answered before"
+
+
+def test_auto_when_it_was_found_to_be_a_queue_is_so_of_these_settings_alone() -> None:
+    runpod = RunPod()
+    runpod.hop(ENDPOINT, 404, (), NOT_FOUND, b"/v1/chat/completions?x=1", 0)
+    assert runpod.judge(ENDPOINT, 404, (), NOT_FOUND) is Fault.GONE
+    assert runpod.carries(ENDPOINT)
+    assert not runpod.carries(replace(ENDPOINT, kind="openai")), "an operator's word is believed"
+    for other in ({"url": "https://api.runpod.ai/v2/ep2"}, {"joined": 5.0}):
+        assert not runpod.carries(replace(ENDPOINT, **other))  # type: ignore[arg-type]
+    for number in range(3000):
+        each = replace(ENDPOINT, name=f"r{number}")
+        runpod.hop(each, 404, (), NOT_FOUND, b"/v1/chat/completions", 0)
+    assert len(runpod._routeless) <= 1000
+
+
 def test_environment_when_there_is_no_key_makes_a_row_without_one() -> None:
     (row,) = PROVIDER.from_environment({"RUNPOD_ENDPOINT_ID": "ep1"}, "us-east")
     assert "api_key" not in row
@@ -462,11 +499,21 @@ ALL = Capacity(running=0, idle=0, starting=0, throttled=0, unhealthy=0, queued=0
         pytest.param(
             workers({"inQueue": 4}, idle=1, unhealthy=2),
             Check(
-                Verdict.STRIKE,
-                fault=Fault.STATUS,
-                detail="workers: 1 idle, 2 unhealthy; 4 queued, and those that start crash",
+                Verdict.GOOD,
+                detail="workers: 1 idle, 2 unhealthy",
                 warmth=COLD,
                 capacity=replace(ALL, idle=1, unhealthy=2, queued=4),
+            ),
+            id="1.1 another stands by",
+        ),
+        pytest.param(
+            workers({"inQueue": 4}, unhealthy=2),
+            Check(
+                Verdict.STRIKE,
+                fault=Fault.STATUS,
+                detail="workers: 2 unhealthy; 4 queued, and those that start crash",
+                warmth=COLD,
+                capacity=replace(ALL, unhealthy=2, queued=4),
             ),
             id="1.1 crash loop: requests wait while workers crash",
         ),
@@ -542,10 +589,7 @@ RUNNING = Check(
 )
 
 
-async def test_check_when_control_plane_stumbles_asks_once_more(control: Control) -> None:
-    control.plays(status=502)
-    control.plays(payload=workers(running=1))
-    assert (await check(ENDPOINT)) == RUNNING
+async def test_check_when_the_connection_breaks_asks_once_more(control: Control) -> None:
     control.plays(exception=aiohttp.ServerDisconnectedError())
     control.plays(payload=workers(running=1))
     assert (await check(ENDPOINT)) == RUNNING
@@ -557,7 +601,7 @@ async def test_check_when_control_plane_is_down_tells_nothing_of_the_workers(
     control.plays(status=500, repeat=True)
     found = await check(ENDPOINT)
     assert found == Check(Verdict.NEUTRAL, fault=Fault.STATUS, detail="the control plane says 500")
-    assert len(control.requests["GET", URL(HEALTH)]) == 2
+    assert len(control.requests["GET", URL(HEALTH)]) == 1, "an answer is one"
 
 
 async def test_check_when_connection_breaks_twice_raises_for_the_caller_to_translate(

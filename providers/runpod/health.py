@@ -75,7 +75,7 @@ def _by_counts(workers: Mapping[str, Any], jobs: Mapping[str, Any]) -> Check:
     startable = counts["ready"] or counts["idle"]
     if counts["running"]:
         warmth = Warmth.WARM
-    elif counts["unhealthy"] and queued and not counts["initializing"]:
+    elif counts["unhealthy"] and queued and not counts["initializing"] and not startable:
         # runpod/runpod-mcp PR 62: not a lack of capacity, the workers crash as they start.
         verdict, fault = Verdict.STRIKE, Fault.STATUS
         detail += f"; {queued} queued, and those that start crash"

@@ -8,9 +8,9 @@ and its answer back. `kind: auto` goes by the URL:
     any other                                            load balancing, unless `control_url` names
                                                          it too and its /health counts jobs
 
-An endpoint that turns out to have no OpenAI route (its server's own 404, so nothing has run) is a
-queue from then on. A 200 from RunPod may be a failed job, and a check asks the control plane, for
-a request to the endpoint itself would start a worker.
+An endpoint that turns out to have no OpenAI route (its server's own 404 to the first chat that it
+is sent, so nothing has run) is a queue from then on. A 200 from RunPod may be a failed job, and a
+check asks the control plane, for a request to the endpoint itself would start a worker.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from beacon_proxy.contracts import (
     Exchange,
     Fault,
     Headers,
+    Hop,
     Prompt,
     Reading,
     Reply,
@@ -56,6 +57,9 @@ _PENDING = ("IN_QUEUE", "IN_PROGRESS", "RUNNING")
 _FAULTS = {502: Fault.STATUS, 524: Fault.TIMEOUT}
 _QUEUED = (Dialect.OPENAI, Dialect.ANTHROPIC, Dialect.BEACON)  # what a job can be made of
 _PLAIN_CODINGS = (b"", b"identity")
+_CHATS = (b"/v1/chat/completions", b"/v1/completions", b"/inference")
+_KNOWN_MOST = 1000
+Key = tuple[str, str, float | None]
 
 
 class RunPod:
@@ -73,7 +77,9 @@ class RunPod:
         """`retry_delay`: s before a question to the control plane is put a second time."""
         self._retry_delay = retry_delay
         self._queue = Queue()
-        self._routeless: set[str] = set()  # backends found to have no OpenAI route
+        # Backends of kind `auto` whose OpenAI route has answered, and those that have none.
+        self._routed: dict[Key, None] = {}
+        self._routeless: dict[Key, None] = {}
 
     def from_environment(self, env: Mapping[str, str], region: str) -> list[dict[str, Any]]:
         """One row once the endpoint is named; a key alone waits for it.
@@ -107,8 +113,13 @@ class RunPod:
 
     def problem(self, backend: Backend) -> str | None:
         """Why this backend cannot be served, as `key: message`; asked once, at start."""
-        if backend.kind == "queue" and backend.host.endswith(f".{_LOAD_BALANCER}"):
+        balanced = backend.host.endswith(f".{_LOAD_BALANCER}")
+        if backend.kind == "queue" and balanced:
             return "url: a queue is at https://api.runpod.ai/v2/ENDPOINT_ID"
+        own = backend.control_url == backend.origin + backend.base_path
+        if own and (balanced or backend.kind == "load_balancing"):
+            # Each check would be a request that starts a worker, and keeps it.
+            return "control_url: must not be the endpoint itself, which each check would wake"
         if _OPERATION.fullmatch(backend.base_path):
             return "url: must end with the endpoint id, as in https://api.runpod.ai/v2/ENDPOINT_ID"
         return None
@@ -128,19 +139,30 @@ class RunPod:
 
     def judge(self, backend: Backend, status: int, headers: Headers, body: bytes) -> Fault | None:
         if status == 200:
+            if backend.kind == "auto" and _key(backend) not in self._routed:
+                _remember(self._routed, _key(backend))
             return Fault.ERROR_BODY if _is_failed_job(body) else None
         if status == 400 and b"no workers available" in body[:LOOK].lower():
             return Fault.BUSY
-        if status == 404 and self._lacks_route(backend, body):
-            self._routeless.add(backend.name)
-            return Fault.GONE
+        if status == 404 and self.carries(backend) and load(body) == NOT_FOUND:
+            return Fault.GONE  # `hop` has found out by this very answer
         return _FAULTS.get(status) or judge_server(backend, status, body)
 
-    def _lacks_route(self, backend: Backend, body: bytes) -> bool:
-        """Whether a 404 says that `auto` took a plain queue for one with an OpenAI route."""
-        if backend.kind != "auto" or not _speaks_openai(backend) or self.carries(backend):
-            return False
-        return bool(load(body) == NOT_FOUND)
+    def hop(
+        self, backend: Backend, status: int, headers: Headers, body: bytes, target: bytes, hops: int
+    ) -> Hop | None:
+        """Never; but here an answer can be told from what was asked.
+
+        A 404 to a chat says that `auto` took a plain queue for one with an OpenAI route, unless
+        that route has answered before. To any other path it says nothing of the endpoint: vLLM
+        answers a client's mistake in the same words.
+        """
+        if status != 404 or backend.kind != "auto" or not _speaks_openai(backend):
+            return None
+        asked, key = target.partition(b"?")[0], _key(backend)
+        if asked in _CHATS and key not in self._routed and load(body) == NOT_FOUND:
+            _remember(self._routeless, key)
+        return None
 
     async def check(self, backend: Backend, session: aiohttp.ClientSession) -> Check | None:
         url = _health_url(backend)
@@ -151,14 +173,16 @@ class RunPod:
         async with client.get(url, headers=headers, allow_redirects=False) as response:
             answer = await bounded(response)
         check = read_health(backend, answer)
-        if backend.kind == "auto" and (backend.name in self._routeless or _is_own_control(backend)):
+        if backend.kind == "auto" and (self.carries(backend) or _is_own_control(backend)):
             return replace(check, kind="queue") if is_queue(answer) else check
         return check
 
     # -- a queue's own transport -----------------------------------------------------------------
 
     def carries(self, backend: Backend) -> bool:
-        return backend.kind == "queue" or backend.name in self._routeless
+        if backend.kind == "auto" and self._routeless:
+            return _key(backend) in self._routeless
+        return backend.kind == "queue"
 
     def takes(self, backend: Backend, exchange: Exchange) -> bool:
         """A job is made of JSON for an inference route; anything else goes to other backends."""
@@ -206,9 +230,25 @@ def _retrying(session: aiohttp.ClientSession, delay: float) -> RetryClient:
     from aiohttp_retry import ExponentialRetry, RetryClient
 
     retries = ExponentialRetry(
-        attempts=2, start_timeout=delay, factor=1.0, exceptions={ClientConnectionError}
+        attempts=2,
+        start_timeout=delay,
+        factor=1.0,
+        exceptions={ClientConnectionError},
+        retry_all_server_errors=False,
     )
     return RetryClient(session, retry_options=retries)
+
+
+def _key(backend: Backend) -> Key:
+    """A backend of these very settings: another may come by its name, or to its place."""
+    return backend.name, backend.url, backend.joined
+
+
+def _remember(known: dict[Key, None], key: Key) -> None:
+    """The last ones are enough: what is forgotten is found out again."""
+    if len(known) >= _KNOWN_MOST:
+        del known[next(iter(known))]
+    known[key] = None
 
 
 def _speaks_openai(backend: Backend) -> bool:
