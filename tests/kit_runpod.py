@@ -294,12 +294,7 @@ class ControlPlane:
         job.unread.clear()
         if self.bare:
             return web.json_response([{"metrics": {}, **piece} for piece in pieces])
-        document = {"id": job.id, "status": job.status, "stream": pieces}
-        if job.status != "IN_QUEUE":
-            document["delayTime"] = job.delay
-        if job.error is not None:
-            document["error"] = job.error
-        return web.json_response(document)
+        return web.json_response({"status": job.status, "stream": pieces})
 
     async def _cancel(self, request: web.Request) -> web.Response:
         job = await self._job(request, "cancel")

@@ -78,5 +78,5 @@ async def test_plain_handler_when_it_is_asked_to_stream_answers_all_the_same(
                 assert lines[-1]["success"] is True
             (raised,), (refused,) = await ask("raise", False), await ask("refuse", False)
     assert raised["failure"]["message"] == "the worker raised ValueError"
-    assert refused["failure"]["message"] == "the job failed: too long"
+    assert refused["failure"]["message"] == "too long"
     assert "Traceback" not in json.dumps(raised)

@@ -161,7 +161,7 @@ async def test_stream_when_the_servers_events_break_off_must_not_look_whole() ->
         ({"error": CRASH}, 502, "error_body"),
         ({"error": f"vLLM returned HTTP 400: {json.dumps(VLLM_400)}"}, 400, "status"),
         ({"status": "TIMED_OUT"}, 504, "timeout"),
-        ({"status": "CANCELLED"}, 502, "closed"),
+        ({"status": "CANCELLED"}, 502, "busy"),
     ],
 )
 async def test_stream_when_the_job_fails_has_a_status_before_and_breaks_after_it_began(

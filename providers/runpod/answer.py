@@ -13,17 +13,26 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from beacon_proxy.contracts import Dialect, Reading, Submission, Usage
+from beacon_proxy.contracts import Dialect, Fault, Reading, Submission, Usage
 
 from ..reading import load, read_answer
 from .input import route_of
+from .job import Failed, Failure
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 TEXTS = (CHAT, COMPLETIONS)  # what a bare text can be made into
 STREAMS = (CHAT, COMPLETIONS, MESSAGES, RESPONSES)
-# The beginning of an event stream: a field, or a comment that is a line (WHATWG HTML 9.2.5).
-SSE = re.compile(r"\s*(?:(?:data|event|id|retry):|:[^\n]*\n)")
+# The beginning of an event stream of these APIs (WHATWG HTML 9.2.5): comments and other fields,
+# then a JSON object; a text may begin with "data: 3 apples".
+SSE = re.compile(r"(?:(?:(?:event|id|retry)?:[^\n]*|\r)?\n)*data:\s*(?:\{|\[DONE\])")
+# The same, of which only a piece has come so far.
+BEGINS = re.compile(SSE.pattern + r"|(?::[^\n]*\n\s*)+\Z|data:\s*\Z")
+# Where no text can be meant, any field is one.
+FIELD = re.compile(r"\s*(?:(?:data|event|id|retry):|:[^\n]*\n)")
+
+
+IN_OUTPUT = Failure(Fault.ERROR_BODY, "the output is an error")
 
 
 class NoAnswer(Exception):
@@ -35,6 +44,7 @@ def document_of(submission: Submission, output: Any) -> bytes:
 
     Raises:
         NoAnswer: it cannot be.
+        Failed: it is an error.
     """
     items = output if isinstance(output, list) else [output]
     if any(isinstance(item, str) and SSE.match(item) for item in items):
@@ -52,6 +62,8 @@ def document_of(submission: Submission, output: Any) -> bytes:
             return dumped(opened)  # embeddings and the like: nothing is known of them but JSON
         raise NoAnswer("the output is no answer of this API")
     reading = read(output)
+    if reading.error is not None:
+        raise Failed(IN_OUTPUT)
     if not reading.text:
         raise NoAnswer("the output holds no text")
     return dumped(chat_of(submission, reading.text, reading.usage))
@@ -65,9 +77,9 @@ def read(output: Any) -> Reading:
 def is_document(route: str, document: Mapping[str, Any]) -> bool:
     """Whether it is a whole answer of the route's API."""
     if route == CHAT:
-        return _all_choices(document, "message")
+        return bool(document.get("choices")) and _all_choices(document, "message")
     if route == COMPLETIONS:
-        return _all_choices(document, "text")
+        return bool(document.get("choices")) and _all_choices(document, "text")
     if route == MESSAGES:
         return document.get("type") == "message"
     return route == RESPONSES and document.get("object") == "response"

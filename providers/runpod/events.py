@@ -14,8 +14,10 @@ from beacon_proxy.contracts import Dialect, Headers, Submission, Usage
 
 from ..reading import load
 from .answer import (
+    BEGINS,
     CHAT,
-    SSE,
+    FIELD,
+    IN_OUTPUT,
     STREAMS,
     TEXTS,
     NoAnswer,
@@ -26,11 +28,10 @@ from .answer import (
     read,
 )
 from .input import route_of
+from .job import Failed
 
 _DONE = b"data: [DONE]\n\n"
-_FINISHED = re.compile(rb'(?<!\\)"finish_reason"\s*:\s*"')
-_ENDED = re.compile(rb"(?:\A|\n)data: ?\[DONE\]\r?\n\r?\n\Z")
-_TAIL = 64  # bytes; more than any mark that two pieces may hold together
+_TYPE = re.compile(r"[\w.]+", re.ASCII)  # it becomes a line of its own
 
 
 class Stream(Protocol):
@@ -44,6 +45,7 @@ class Stream(Protocol):
 
         Raises:
             NoAnswer: it cannot be made anything of this API.
+            Failed: it is an error.
         """
         ...
 
@@ -81,12 +83,14 @@ class Events:
         self._begun = False
         self._text = False  # the chunks are ours, and so is the last one
         self._usage: Usage | None = None
-        self._tail = b""
-        self._finished = False  # a finish_reason has passed
+        self._line: list[bytes] = []  # of the stream, the beginning of one
+        self._between = True  # the last line was empty: no event is cut here
+        self._done = False  # [DONE] has passed
+        self._choices: dict[int, bool] = {}  # that have begun: whether each has finished
         self.ended = False
 
     def feed(self, piece: Any) -> bytes:
-        if isinstance(piece, str) and (self._raw or (not self._begun and SSE.match(piece))):
+        if isinstance(piece, str) and (self._raw or self._begins(piece)):
             self._raw = True
             made = piece.encode(errors="replace")
         elif isinstance(piece, list):  # worker-vllm's batches
@@ -98,10 +102,16 @@ class Events:
             self._look(made)
         return made
 
+    def _begins(self, piece: str) -> bool:
+        mark = BEGINS if self._route in TEXTS else FIELD
+        return not self._begun and mark.match(piece) is not None
+
     def _event_of(self, piece: Any) -> bytes:
         document = piece
         if isinstance(piece, str) and piece.startswith("{"):
             document = load(piece.encode(errors="replace"))
+        if self._route in TEXTS and isinstance(document, Mapping) and read(document).error:
+            raise Failed(IN_OUTPUT)
         if isinstance(document, Mapping):
             if is_event(self._route, document):
                 return self._event(document)
@@ -120,28 +130,51 @@ class Events:
     def _event(self, document: Mapping[str, Any]) -> bytes:
         named = b""
         if self._route not in TEXTS:
-            named = b"event: %b\n" % str(document.get("type")).encode(errors="replace")
+            if not _TYPE.fullmatch(document["type"]):
+                raise NoAnswer("the output is no event of this API")
+            named = b"event: %b\n" % document["type"].encode()
         return named + b"data: " + dumped(document) + b"\n\n"
 
     def _look(self, made: bytes) -> None:
-        """See what the client has been told; a mark may lie across two pieces."""
-        window = self._tail + made
-        self._tail = window[-_TAIL:]
-        if self._route in TEXTS:
-            self._finished = self._finished or _FINISHED.search(window) is not None
-            self.ended = _ENDED.search(window) is not None
+        """See what the client has been told; a line may lie across several pieces."""
+        if self._route not in TEXTS:
+            return
+        head, found, rest = made.rpartition(b"\n")
+        if found:
+            for line in b"".join((*self._line, head)).split(b"\n"):
+                self._between = not line.strip()
+                if line.startswith(b"data:"):
+                    self._note(line[5:].strip())
+            self._line.clear()
+        self._line += [rest] * bool(rest)
+        self.ended = self._done and self._between and not self._line
+
+    def _note(self, data: bytes) -> None:
+        if data == b"[DONE]":
+            self._done = True
+            return
+        document = load(data)
+        choices = document.get("choices") if isinstance(document, Mapping) else None
+        for choice in choices if isinstance(choices, list) else ():
+            if not isinstance(choice, Mapping):
+                continue
+            index = choice.get("index")
+            index = index if isinstance(index, int) else 0
+            finished = isinstance(choice.get("finish_reason"), str)
+            if finished and read({"choices": [choice]}).error is not None:
+                finished = False  # "abort" and the like: it broke off
+            self._choices[index] = finished or self._choices.get(index, False)
 
     def finish(self) -> bytes:
         if self._route not in TEXTS or self.ended:
             return b""
-        if self._text and not self._finished:
+        if self._text and not any(self._choices.values()):
             last = chunk_of(self._submission, {}, "stop", self._usage)
             return self._event(last) + _DONE
-        if not self._finished:
-            return b""
-        if self._tail.rstrip().endswith(b"data: [DONE]"):
-            return b"\n\n"  # only the line's end is missing
-        return (b"" if self._tail.endswith((b"\n\n", b"\r\n\r\n")) else b"\n\n") + _DONE
+        if self._done or b"".join(self._line).strip() in (b"data: [DONE]", b"data:[DONE]"):
+            return b"\n" if self._done and not self._line else b"\n\n"  # only its end is missing
+        finished = bool(self._choices) and all(self._choices.values())
+        return _DONE if finished and self._between and not self._line else b""
 
 
 def _as_chunk(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,7 +206,7 @@ class Lines:
         self.ended = False
 
     def feed(self, piece: Any) -> bytes:
-        if isinstance(piece, str) and (self._raw or (not self._begun and SSE.match(piece))):
+        if isinstance(piece, str) and (self._raw or (not self._begun and BEGINS.match(piece))):
             self._raw = True
             *lines, self._rest = (self._rest + piece).split("\n")
             return b"".join(map(self._event, lines))
@@ -193,7 +226,7 @@ class Lines:
     def _line(self, piece: Any) -> bytes:
         reading = read(piece)
         if reading.error is not None:
-            raise NoAnswer("the stream holds an error")
+            raise Failed(IN_OUTPUT)
         self._over = self._over or reading.done
         self._last |= reading.extra
         if reading.usage is not None:

@@ -2,8 +2,9 @@
 
 A failed job comes behind a 200, and so does a completed one whose output is an error: worker-vllm
 yields `{"error": {"message": "vLLM returned HTTP 400: …"}}`, which the SDK's loop turns into a
-failed job with Python's repr of it. What the model's server said is then an answer like any other;
-whatever else a worker says of its own failure stays here, but for a name a user may need.
+failed job with Python's repr of it. A refusal of the model's server is then an answer like any
+other. A handler of one's own refuses a request by returning `{"error": "…"}`. Whatever else a
+worker says of its failure may name hosts and keys: it stays here, but for an exception's name.
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ _COLD = 1000.0  # ms in the queue from which on a worker had to start
 _ERROR_MAX = 64 << 10  # characters of a worker's error that are looked at
 _SHOWN_MAX = 200
 _SERVER = re.compile(r"vLLM returned HTTP (\d{3})\b[: ]*(.*)", re.DOTALL)
-_RAISED = re.compile(r"^([A-Za-z_][\w.]*?)(?::|$)")
+_CLASS = re.compile(r"[A-Za-z_][\w.]{0,99}", re.ASCII)
+# What a handler, or RunPod itself, says of the worker and not of the request.
+_OF_WORKER = re.compile(
+    r"traceback|exception|cuda|gpu|out of memory|oom|time[d-]? ?out|connect|refused|unreachable"
+    r"|retries|internal|unavailable|overload|busy|engine|worker|crash|killed|disk|no space",
+    re.IGNORECASE,
+)
+# A sentence about the request; nothing in it can be a host, a path or a key.
+_HARMLESS = re.compile(r"(?:[\w ,'\"()<>%-]|[.:](?= |$)){1,200}")
+_LONG_WORD = re.compile(r"\w{21}")
 _TRACE = "\ntraceback:"  # run_job_generator of the SDK
 
 
@@ -38,16 +48,17 @@ class Job:
     pieces: tuple[Any, ...] = ()  # of `/stream`: what was yielded since the last look
     error: Any = None
     delay: float | None = None  # s in the queue
+    large: bool = False  # to be read in a thread
 
     @classmethod
-    def read(cls, document: Any) -> Job | None:
+    def read(cls, document: Any, *, large: bool = False) -> Job | None:
         """Read one; None where it is none.
 
         `/stream` answers with an object or, as the documentation prints it, with the bare list of
         pieces, which tells no status.
         """
         if isinstance(document, list):
-            return cls(pieces=tuple(_outputs(document)))
+            return cls(pieces=tuple(_outputs(document)), large=large)
         if not isinstance(document, Mapping) or not isinstance(document.get("status"), str):
             return None
         identity, delay = document.get("id"), document.get("delayTime")
@@ -59,6 +70,7 @@ class Job:
             pieces=tuple(_outputs(stream)) if isinstance(stream, list) else (),
             error=document.get("error"),
             delay=delay / 1000 if isinstance(delay, int | float) and delay >= _COLD else None,
+            large=large,
         )
 
     @property
@@ -74,7 +86,8 @@ class Job:
         if self.status == "TIMED_OUT":
             return Failure(Fault.TIMEOUT, "the job ran out of its executionTimeout")
         if self.status == "CANCELLED":
-            return Failure(Fault.CLOSED, "the job was cancelled at RunPod")
+            # By somebody's hand: that says nothing against the endpoint.
+            return Failure(Fault.BUSY, "the job was cancelled at RunPod")
         if self.status == "FAILED" or self.error:
             return failure_of(self.error)
         if self.status == "COMPLETED":
@@ -92,13 +105,22 @@ class Failure:
 
     Attributes:
         fault, detail: for the log; the client may be told, so it names no host and no traceback.
-        status, body: what the model's server answered, where it was that; status 0: it was not.
+        status, body: what the model's server, or the handler, answered to the request, where it was
+            that; status 0: it was not. Without a body `detail` is all that was said.
     """
 
     fault: Fault
     detail: str
     status: int = 0
     body: bytes = b""
+
+
+class Failed(Exception):
+    """There is no answer, or no more of it."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.detail)
+        self.failure = failure
 
 
 def error_in(output: Any) -> Failure | None:
@@ -115,8 +137,7 @@ def failure_of(error: Any) -> Failure:
     told, kind = _opened(error), None
     if isinstance(told, Mapping):
         if raised := told.get("error_type"):  # run_job of the SDK, with host and traceback
-            name = str(raised).removeprefix("<class '").removesuffix("'>")[:_SHOWN_MAX]
-            return Failure(Fault.ERROR_BODY, f"the worker raised {name}")
+            return _raised(str(raised).removeprefix("<class '").removesuffix("'>"))
         kind = told.get("type")
         told = next((told[k] for k in ("message", "detail") if isinstance(told.get(k), str)), "")
     text = told if isinstance(told, str) else ""
@@ -126,11 +147,18 @@ def failure_of(error: Any) -> Failure:
         return Failure(Fault.ERROR_BODY, "the job failed: worker_error")
     text, trace, lines = text.partition(_TRACE)
     if trace:
-        raised_in = _RAISED.match(lines.strip().rpartition("\n")[2])
-        name = raised_in[1] if raised_in else "an exception"
-        return Failure(Fault.ERROR_BODY, f"the worker raised {name}")
-    first = text.strip().partition("\n")[0][:_SHOWN_MAX]
-    return Failure(Fault.ERROR_BODY, f"the job failed: {first or 'it does not say why'}")
+        return _raised(lines.strip().rpartition("\n")[2].partition(":")[0])
+    if told is not error or not text.strip() or _OF_WORKER.search(text[:_ERROR_MAX]):
+        return Failure(Fault.ERROR_BODY, "the job failed")
+    words = text.strip()
+    if not _HARMLESS.fullmatch(words) or _LONG_WORD.search(words):
+        words = "the worker says that the request is at fault"
+    return Failure(Fault.STATUS, words, 400)
+
+
+def _raised(name: str) -> Failure:
+    shown = name if _CLASS.fullmatch(name) else "an exception"
+    return Failure(Fault.ERROR_BODY, f"the worker raised {shown}")
 
 
 def _opened(error: Any) -> Any:
@@ -152,6 +180,9 @@ def _of_server(status: int, said: str) -> Failure:
     if not 400 <= status < 600:
         return Failure(Fault.ERROR_BODY, detail)
     document: Any = None
+    if status >= 500:  # its own failure: in whatever words, they are not for clients
+        document = {"error": {"message": detail, "type": "server_error", "code": None}}
+        return Failure(Fault.STATUS, detail, status, json.dumps(document).encode())
     start = said.find("{")
     if start >= 0:
         try:
@@ -159,8 +190,7 @@ def _of_server(status: int, said: str) -> Failure:
         except (ValueError, RecursionError):
             document = None  # cut short, or no JSON
     if not isinstance(document, Mapping):
-        message = said.strip()[:_SHOWN_MAX] if status < 500 else detail
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        error = {"message": message or detail, "type": kind, "param": None, "code": None}
-        document = {"error": error}
+        message = said.strip()[:_SHOWN_MAX] or detail
+        kind = "invalid_request_error"
+        document = {"error": {"message": message, "type": kind, "param": None, "code": None}}
     return Failure(Fault.STATUS, detail, status, json.dumps(document).encode())

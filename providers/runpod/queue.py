@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from beacon_proxy.contracts import Backend, Clock, Dialect, Fault, Headers, Reply, Submission
 
 from .answer import NoAnswer, document_of
-from .call import Call, Endpoint, Failed, Refused
+from .call import Call, Endpoint, Refused
 from .events import is_stream, stream_for
 from .input import body_of
-from .job import Failure, Job, error_in
+from .job import Failed, Failure, Job, error_in
 from .pace import Operation, Pace
 
 if TYPE_CHECKING:
     import aiohttp
 
+T = TypeVar("T")
 _JSON: Headers = ((b"Content-Type", b"application/json"),)
 _KEPT = (b"content-type", b"retry-after")  # of what RunPod says where it takes no job
+_LONG = 0.5  # s in the queue, as it looks from here; RunPod's own count decides
 _NO_STREAM = "Stream not supported"  # the SDK's local server, of a handler that yields nothing
 
 
@@ -35,6 +39,7 @@ class Queue:
     def __init__(self, clock: Clock = monotonic) -> None:
         self._clock = clock
         self._endpoints: dict[str, Endpoint] = {}
+        self._stopping: set[asyncio.Task[None]] = set()  # they outlive their requests
 
     async def carry(
         self,
@@ -49,18 +54,53 @@ class Queue:
         try:
             body = body_of(backend, submission, self._clock())
         except ValueError as exc:
-            _say(reply, 400, _JSON, _bad_request(submission.dialect, str(exc)))
+            problem = f"the body must be a JSON object: {exc}"
+            _say(reply, 400, _JSON, _bad_request(submission.dialect, problem))
             return
-        endpoint = self._endpoints.get(url)
-        if endpoint is None:
-            endpoint = self._endpoints[url] = Endpoint(url, self._clock)
+        endpoint = self._endpoint(url)
         call = Call(endpoint, headers, session)
+        endpoint.calls += 1
         try:
             await _bring(call, submission, body, reply)
-        except BaseException:  # the client left, a limit ran out, or worse: nothing may run on
-            await call.stop()
+        finally:  # the client left, a limit ran out, or worse: nothing may run on
+            if call.at_risk is None:
+                endpoint.calls -= 1
+            else:
+                await self._stop(endpoint, call, reply)
+
+    def _endpoint(self, url: str) -> Endpoint:
+        found = self._endpoints.get(url)
+        if found is None:  # rows come and go: the others are looked through now and then
+            for other in [each for each in self._endpoints.values() if each.idle]:
+                del self._endpoints[other.url]
+            found = self._endpoints[url] = Endpoint(url, self._clock)
+        return found
+
+    async def _stop(self, endpoint: Endpoint, call: Call, reply: Reply) -> None:
+        """Wait until the job is stopped; it goes on being stopped where this is cancelled.
+
+        That is so after `CLEAN_UP`, also when the process stops, and then is the time to tell.
+        """
+        told = False
+
+        async def stop() -> None:
+            try:
+                left = await call.stop()
+            finally:
+                endpoint.calls -= 1
+            if left is not None and not told:
+                reply.left_behind(left)
+
+        task = asyncio.create_task(stop(), name="runpod stop")
+        self._stopping.add(task)
+        task.add_done_callback(self._stopping.discard)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.done() and (left := call.at_risk) is not None:
+                told = True
+                reply.left_behind(left)
             raise
-        await call.stop()
 
 
 async def _bring(call: Call, submission: Submission, body: bytes, reply: Reply) -> None:
@@ -76,7 +116,8 @@ async def _bring(call: Call, submission: Submission, body: bytes, reply: Reply) 
     except Failed as exc:
         failure = exc.failure
         if failure.status and (stream is None or not stream.begun):
-            _say(reply, failure.status, _JSON, failure.body)
+            said = failure.body or _bad_request(submission.dialect, failure.detail)
+            _say(reply, failure.status, _JSON, said)
         else:
             reply.fail(failure.fault, failure.detail)
     except NoAnswer as exc:
@@ -87,12 +128,18 @@ async def _document(call: Call, submission: Submission, body: bytes, reply: Repl
     job = await _result(call, await call.submit(Operation.RUNSYNC, body), reply)
     output = job.output
     if output in (None, []):  # a generator whose pieces the worker does not put together
-        output = list((await call.look(Operation.STREAM)).pieces)
+        job = await call.last_look()
+        output = list(job.pieces)
         if failure := error_in(output):
             raise Failed(failure)
         if not output:
             raise Failed(_EMPTY)
-    _say(reply, 200, _JSON, document_of(submission, output))
+    _say(reply, 200, _JSON, await _aside(job, lambda: document_of(submission, output)))
+
+
+async def _aside(job: Job, work: Callable[[], T]) -> T:
+    """Do what takes long for a large output in a thread, for the sake of the other requests."""
+    return await asyncio.to_thread(work) if job.large else work()
 
 
 async def _result(call: Call, job: Job, reply: Reply) -> Job:
@@ -106,7 +153,7 @@ async def _result(call: Call, job: Job, reply: Reply) -> Job:
         if job.status != before:
             pace.news()
     _tell_start(job, reply)
-    if failure := job.failure():
+    if failure := await _aside(job, job.failure):
         raise Failed(failure)
     return job
 
@@ -118,6 +165,7 @@ class _Streaming:
         self._call = call
         self._reply = reply
         self._made = stream_for(submission)
+        self._clock = asyncio.get_running_loop().time
         self.begun = False
 
     async def run(self, body: bytes) -> None:
@@ -125,13 +173,17 @@ class _Streaming:
         before = await self._call.submit(Operation.RUN, body)
         if failure := before.failure():
             raise Failed(failure)
+        waits_since = self._clock() if before.queued else None
         while not self._made.ended:
             await reply.room()
             await asyncio.sleep(pace.next(queued=before.queued))
             job = await self._look(completed)
-            _tell_start(job, reply)
             if job.queued:
                 reply.waking()
+            elif waits_since is not None:
+                if self._clock() - waits_since >= _LONG:
+                    await self._tell_start()
+                waits_since = None
             if _has_no_stream(job) and not self.begun:
                 status = await self._call.look(Operation.STATUS)
                 self._put_whole(await _result(self._call, status, reply))
@@ -147,7 +199,7 @@ class _Streaming:
                 break
             completed = completed or job.final
             before = job
-        self._call.over = True  # where the end marker has passed, nobody needs the job any more
+        self._call.answered = True
         reply.piece(self._made.finish())
         reply.end()
 
@@ -155,22 +207,25 @@ class _Streaming:
         """What came since the last look.
 
         After the job has completed there is one more: the last pieces may have come between two
-        questions, and the SDK's client asks until nothing comes, too. The SDK's local server has
-        forgotten the job by then.
+        questions, and the SDK's client asks until nothing comes, too. `/stream` does not say why a
+        job failed; `/status` does.
         """
-        try:
-            job = await self._call.look(Operation.STREAM)
-        except Failed:
-            if completed:
-                return Job(status="COMPLETED")
-            raise
         if completed:
-            return Job(status="COMPLETED", pieces=job.pieces)
+            return replace(await self._call.last_look(), status="COMPLETED")
+        job = await self._call.look(Operation.STREAM)
+        if job.status == "FAILED" and not job.error:
+            told = await self._call.glance(Operation.STATUS)
+            return replace(told, pieces=job.pieces) if told is not None and told.final else job
         if job.status:
             return job
         if job.pieces:  # the bare list says nothing of the job
             return Job(status="IN_PROGRESS", pieces=job.pieces)
         return await self._call.look(Operation.STATUS)
+
+    async def _tell_start(self) -> None:
+        """What the job has waited for its worker: `/status` says so, `/stream` does not."""
+        if (job := await self._call.glance(Operation.STATUS)) is not None:
+            _tell_start(job, self._reply)
 
     def _put(self, pieces: tuple[Any, ...]) -> None:
         if failure := error_in(list(pieces)):
@@ -222,8 +277,7 @@ def _say(reply: Reply, status: int, headers: Headers, body: bytes) -> None:
 
 
 def _bad_request(dialect: Dialect, problem: str) -> bytes:
-    message = f"the body must be a JSON object: {problem}"
-    error: dict[str, Any] = {"message": message, "type": "invalid_request_error"}
+    error: dict[str, Any] = {"message": problem, "type": "invalid_request_error"}
     if dialect is Dialect.ANTHROPIC:
         return json.dumps({"type": "error", "error": error}).encode()
     return json.dumps({"error": {**error, "param": None, "code": None}}).encode()
