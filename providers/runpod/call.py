@@ -171,7 +171,7 @@ class Call:
         try:
             status, _, said = await self._ask_about(operation)
             return await self._read(said) if status == 200 else None
-        except (ClientError, OSError, Failed):
+        except (ClientError, OSError, Failed, RuntimeError):  # the last: the session is closed
             return None
 
     async def last_look(self) -> Job:
