@@ -80,7 +80,7 @@ $(DONE)/test: requirements-test.lock $(DONE)/runtime
 # Beside the others: RunPod's SDK brings what would change how aiohttp resolves and decodes.
 PARTS := $(VENV)/parts
 $(DONE)/parts: requirements-parts.lock tests/parts/package-lock.json | $(DONE)/runtime
-	@echo 'installing what the tests run beside the proxy: RunPod, node, a stand-in of Ollama (250 MB)'
+	@echo 'installing what the tests run beside the proxy: RunPod, node, a stand-in of Ollama (430 MB)'
 	@$(BIN)/python -m venv --clear $(PARTS)
 	@$(PARTS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-parts.lock
 	@cp tests/parts/package.json tests/parts/package-lock.json $(PARTS)

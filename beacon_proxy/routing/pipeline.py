@@ -19,7 +19,7 @@ from ..contracts import (
     Verdict,
     canonical_model,
 )
-from ..errors import ModelNotFound, ProxyError, UpstreamError
+from ..errors import ModelNotFound, ProxyError, UpstreamError, told
 from ..fleet.fleet import Fleet
 from ..wire.answer import Answer
 from ..wire.request import Source
@@ -254,7 +254,7 @@ class Pipeline:
             try:
                 observe(exchange, outcome)
             except Exception as exc:  # a plugin's fault must not cost the client its answer
-                self._watcher.notify("observe.failed", error=repr(exc)[:200])
+                self._watcher.notify("observe.failed", error=told(exc))
 
 
 _SAYS_NOTHING = (Fault.EMPTY, Fault.NOT_JSON)

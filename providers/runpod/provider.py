@@ -1,6 +1,6 @@
 """RunPod Serverless: load-balancing endpoints, the OpenAI route of queue endpoints, queues.
 
-The first two carry a request verbatim. A queue takes jobs: `runpod_queue` brings a request there
+The first two carry a request verbatim. A queue takes jobs: `queue` brings a request there
 and its answer back. `kind: auto` goes by the URL:
 
     https://ENDPOINT_ID.api.runpod.ai                    load balancing
@@ -53,7 +53,6 @@ _LOAD_BALANCER = "api.runpod.ai"  # below an endpoint's own name
 _ENDPOINT = re.compile(r"(?P<job>.*/v2/[^/]+)(?:/openai)?(?:/v1)?")
 _OPERATION = re.compile(r".*/v2/[^/]+/(?:run|runsync|stream|status|health)(?:/.*)?")
 _JOB = re.compile(rb'"status"\s*:\s*"(?:FAILED|TIMED_OUT|COMPLETED)"')
-_PENDING = ("IN_QUEUE", "IN_PROGRESS", "RUNNING")
 _FAULTS = {502: Fault.STATUS, 524: Fault.TIMEOUT}
 _QUEUED = (Dialect.OPENAI, Dialect.ANTHROPIC, Dialect.BEACON)  # what a job can be made of
 _PLAIN_CODINGS = (b"", b"identity")
@@ -215,12 +214,7 @@ class RunPod:
         return ask_chat(self.target(backend, CHAT), prompt)
 
     def read(self, backend: Backend, document: Mapping[str, Any]) -> Reading:
-        reading = read_answer(document)
-        status = document.get("status")
-        if status in _PENDING and not reading.text and reading.error is None:
-            # Taken for an answer, it would be an empty text at a price.
-            return replace(reading, error=f"the job is still {status}")
-        return reading
+        return read_answer(document)
 
 
 def _retrying(session: aiohttp.ClientSession, delay: float) -> RetryClient:
