@@ -527,6 +527,7 @@ class Hop:
     # once more, for the backend is starting.
     target: bytes | None = None
     delay: float = 0.0  # s to wait before
+    starting: bool = True  # False, without a target: nothing ran, and there is another way to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -644,7 +645,8 @@ class Hops(Protocol):
 
         Without one the same request is repeated, if it may be and the backend has not left, unless
         another candidate is known to be warm and to have room, and the retry rules let it go there.
-        When its time is over the last answer stands.
+        When its time is over the last answer stands. Where the backend is not `starting` it goes
+        there at once by whatever way the provider has now: `carries` is asked anew.
         """
         ...
 

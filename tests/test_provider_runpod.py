@@ -22,6 +22,7 @@ from beacon_proxy.contracts import (
     Check,
     Dialect,
     Fault,
+    Hop,
     Prompt,
     Provider,
     Reading,
@@ -109,8 +110,9 @@ def test_auto_when_a_clients_path_is_unknown_stays_what_it_is() -> None:
 
 def test_auto_when_it_was_found_to_be_a_queue_is_so_of_these_settings_alone() -> None:
     runpod = RunPod()
-    runpod.hop(ENDPOINT, 404, (), NOT_FOUND, b"/v1/chat/completions?x=1", 0)
-    assert runpod.judge(ENDPOINT, 404, (), NOT_FOUND) is Fault.GONE
+    hop = runpod.hop(ENDPOINT, 404, (), NOT_FOUND, b"/v1/chat/completions?x=1", 0)
+    assert hop == Hop(starting=False)
+    assert runpod.hop(ENDPOINT, 404, (), NOT_FOUND, b"/v1/chat/completions", 1) is None
     assert runpod.carries(ENDPOINT)
     assert not runpod.carries(replace(ENDPOINT, kind="openai")), "an operator's word is believed"
     for other in ({"url": "https://api.runpod.ai/v2/ep2"}, {"joined": 5.0}):

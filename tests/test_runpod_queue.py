@@ -428,7 +428,7 @@ async def test_looks_when_a_job_runs_for_long_become_rarer() -> None:
 
 
 async def test_auto_when_the_openai_route_is_missing_turns_to_the_queue() -> None:
-    """The server's own 404: nothing has run, and from then on jobs are made."""
+    """The server's own 404: nothing has run, and that very request is a job."""
     async with control_plane(ends([CHAT])) as control:
         row = queue_row(control, kind="auto")
         health = [{"health": {"probe_interval": 0.2}}, "region", "cost", "capacity", "failover"]
@@ -438,10 +438,11 @@ async def test_auto_when_the_openai_route_is_missing_turns_to_the_queue() -> Non
             await eventually(lambda: p.events("backend.identified"), 5)
             third = await client.ask(chat(stream=True), "POST")
         (told,) = p.events("backend.identified")
-    assert (first.status, second.status, third.status) == (404, 200, 200)
-    assert second.json == CHAT
+    assert (first.status, second.status, third.status) == (200, 200, 200)
+    assert first.json == second.json == CHAT
+    assert first.header("x-beacon-attempts") == [b"1"]
     assert told["kind"] == "queue"
-    assert len(control.jobs) == 2, "nothing ran twice"
+    assert len(control.jobs) == 3, "nothing ran twice"
 
 
 async def test_auto_when_the_url_tells_nothing_asks_where_control_url_says() -> None:

@@ -69,6 +69,13 @@ class Follower:
         """
         attempt, granted, hops = self._attempt, None, 0
         while (hop := self._next(ask_hop)) is not None:
+            if hop.target is None and not hop.starting:
+                if hops or not attempt.may_ask_again:
+                    break  # a way that was found is found once
+                hops += 1
+                attempt.let_go()
+                await attempt.open(self._source, lone=self._lone)
+                continue
             if hop.target is None:
                 if not self._may_ask_again():
                     break

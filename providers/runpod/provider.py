@@ -9,8 +9,8 @@ and its answer back. `kind: auto` goes by the URL:
                                                          it too and its /health counts jobs
 
 An endpoint that turns out to have no OpenAI route (its server's own 404 to the first chat that it
-is sent, so nothing has run) is a queue from then on. A 200 from RunPod may be a failed job, and a
-check asks the control plane, for a request to the endpoint itself would start a worker.
+is sent, so nothing has run) is a queue from that very request on. A 200 from RunPod may be a failed
+job, and a check asks the control plane, for a request to the endpoint itself would start a worker.
 """
 
 from __future__ import annotations
@@ -143,24 +143,24 @@ class RunPod:
             return Fault.ERROR_BODY if _is_failed_job(body) else None
         if status == 400 and b"no workers available" in body[:LOOK].lower():
             return Fault.BUSY
-        if status == 404 and self.carries(backend) and load(body) == NOT_FOUND:
-            return Fault.GONE  # `hop` has found out by this very answer
         return _FAULTS.get(status) or judge_server(backend, status, body)
 
     def hop(
         self, backend: Backend, status: int, headers: Headers, body: bytes, target: bytes, hops: int
     ) -> Hop | None:
-        """Never; but here an answer can be told from what was asked.
+        """Make a job of a chat that met a 404: `auto` took a plain queue for one with that route.
 
-        A 404 to a chat says that `auto` took a plain queue for one with an OpenAI route, unless
-        that route has answered before. To any other path it says nothing of the endpoint: vLLM
-        answers a client's mistake in the same words.
+        Unless the route has answered before. To any other path it says nothing of the endpoint:
+        vLLM answers a client's mistake in the same words.
         """
         if status != 404 or backend.kind != "auto" or not _speaks_openai(backend):
             return None
+        if self.carries(backend):
+            return None  # the queue's own word
         asked, key = target.partition(b"?")[0], _key(backend)
         if asked in _CHATS and key not in self._routed and load(body) == NOT_FOUND:
             _remember(self._routeless, key)
+            return Hop(starting=False)
         return None
 
     async def check(self, backend: Backend, session: aiohttp.ClientSession) -> Check | None:
