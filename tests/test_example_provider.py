@@ -363,7 +363,7 @@ def test_guide_when_it_shows_configuration_it_is_valid(
 
 
 def test_guide_when_a_method_is_a_providers_it_is_told() -> None:
-    contracts = ast.parse((ROOT / "beacon_proxy" / "contracts.py").read_text())
+    contracts = ast.parse((ROOT / "beacon_proxy" / "contracts" / "provider.py").read_text())
     told = ("Provider", "Carries", "Reply", "Hops", "Fields", "Takes", "Wakes")
     names = {
         each.name
