@@ -97,6 +97,7 @@ class App:
         self._pool = Pool(loop, self._wheel)
         self._pool.keeps, self.fleet.on_left = self.fleet.keeps, self._pool.forget
         chain = Chain.of(self._middlewares())
+        self.telemetry.sources = chain.gauges
         wire = Wire(loop, self._wheel, self._pool, self._carriers)
         self.pipeline = Pipeline(self.fleet, chain, wire, self.telemetry)
         self._http = ClientServer(

@@ -208,9 +208,9 @@ def _wrong_methods(provider: Any) -> Iterator[str]:
             yield f"{key} is called by nobody; did you mean {close[0]}?"
 
 
-_AWAITED = {"check", "carry"}
+_AWAITED = {"check", "carry", "scale"}
 _HOOKS = {
-    *("carries", "carry", "hop", "fields", "takes", "wakes"),
+    *("carries", "carry", "hop", "fields", "takes", "wakes", "scale"),
     *("cold_start", "stays_warm", "scales", "control_schemes", "reads_session"),
 }
 _PARTS = {*Provider.__annotations__, *(part for part in vars(Provider) if part[0] != "_")}

@@ -111,9 +111,9 @@ class Cost:
         return NO_SLOT if pool is None else _Advance(pool)
 
     def observe(self, exchange: Exchange, outcome: Outcome) -> None:
-        backend, seconds = outcome.backend, outcome.duration
+        backend, seconds = outcome.backend, outcome.billed
         if outcome.sent:
-            self._paid = self._paid * _PRICE_MEMORY + seconds * backend.price_per_second
+            self._paid = self._paid * _PRICE_MEMORY + outcome.usd
             self._seconds = self._seconds * _PRICE_MEMORY + seconds
         if not outcome.committed and outcome.verdict not in _SERVED:
             return
@@ -122,7 +122,7 @@ class Cost:
             return
         amount = 1.0 if self.blend.by == "requests" else seconds
         if self.blend.by == "cost":
-            amount *= backend.price_per_second
+            amount = outcome.usd
         self._ledger.charge(pool, amount)
 
     def blended_price(self) -> float:

@@ -143,7 +143,8 @@ class Site:
             "usage": Usage(5, 50),
         }
         exchange = Exchange("id", "POST", b"/", "/", (), 0.0, model=model)
-        self.telemetry.attempt(exchange, Outcome(at, 1, **{**given, **fields}))
+        made = {"usd": at.price_per_second * 10.0, **given, **fields}
+        self.telemetry.attempt(exchange, Outcome(at, 1, **made))
 
 
 class Patient(RawTestServer):

@@ -330,13 +330,10 @@ def test_warning_when_a_section_has_no_effect_yet_names_it(more: str, path: str)
     assert lines == [f"{path}: accepted, but this version does not act on it yet"]
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "price_per_million_tokens: {input: 1, output: 2}",
-    ],
-)
-def test_warning_when_a_key_of_a_backend_has_no_effect_yet_names_it(key: str) -> None:
-    text = f"backends: [{{name: a, provider: cloud, url: 'http://h', {key}}}]"
-    (line,) = load(text).warnings
-    assert line.startswith(f"backends[0].{key.partition(':')[0]}: accepted, but ")
+def test_token_price_when_configured_replaces_the_providers_price_per_second() -> None:
+    price = "price_per_million_tokens: {input: 0.05, output: 0.2}"
+    settings = load(f"backends: [{{name: a, provider: cloud, url: 'http://h', {price}}}]")
+    (backend,) = resolve_backends(settings, FAKES)
+    assert settings.warnings == []
+    assert backend.token_price == pytest.approx((5e-8, 2e-7))
+    assert backend.price_per_second == 0.0

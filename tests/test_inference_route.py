@@ -127,7 +127,8 @@ async def test_inference_when_all_is_well_answers_every_field(path: str) -> None
         "tokens_prompt": 5,
     }
     assert 0 < said["inference_time"] < 5
-    assert said["cost_estimate"] == pytest.approx(said["inference_time"] * 100)
+    # Connecting is no work: it is not paid for.
+    assert 0 < said["cost_estimate"] <= said["inference_time"] * 100
     assert (sent.method, sent.target) == ("POST", b"/v1/chat/completions")
     assert (told["end"], told["path"], told["status"]) == ("complete", path, 200)
     assert got.header("x-beacon-backend") == [b"b0"]

@@ -22,6 +22,7 @@ from beacon_proxy.contracts import (
     Stage,
     Verdict,
 )
+from beacon_proxy.spending.bill import price_of
 from middleware.cost import Blend, Cost
 
 
@@ -56,7 +57,10 @@ def exchange(cost_priority: bool | None = None) -> Exchange:
 
 
 def outcome(of: Backend, verdict: Verdict = Verdict.GOOD, **fields: Any) -> Outcome:
-    return Outcome(of, 1, verdict, Stage.DONE, sent=True, **{"duration": 1.0, **fields})
+    made = {"duration": 1.0, **fields}
+    made.setdefault("billed", made["duration"])
+    made.setdefault("usd", price_of(of, made["billed"], made.get("usage")))
+    return Outcome(of, 1, verdict, Stage.DONE, sent=True, **made)
 
 
 def names(candidates: object) -> list[str]:

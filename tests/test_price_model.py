@@ -11,6 +11,7 @@ import pytest
 from beacon_proxy.config import resolve_backends
 from beacon_proxy.contracts import Backend, Candidate, Exchange, Live, Outcome, Stage, Verdict
 from beacon_proxy.fleet.fleet import Fleet
+from beacon_proxy.spending.bill import price_of
 from middleware.cost import Blend, Cost
 
 from .config_fakes import FAKES, load, problems
@@ -261,7 +262,9 @@ def test_blend_when_baseline_is_rented_splits_what_it_is_told_to(by: Any, share:
         permit.release()
         cost.observe(
             asked,
-            Outcome(first.backend, 1, Verdict.GOOD, Stage.DONE, sent=True, duration=1.0),
+            Outcome(
+                first.backend, 1, Verdict.GOOD, Stage.DONE, sent=True, duration=1.0, billed=1.0
+            ),
         )
     assert served["rented"] / 1000 == pytest.approx(share, abs=0.01)
 
@@ -269,7 +272,10 @@ def test_blend_when_baseline_is_rented_splits_what_it_is_told_to(by: Any, share:
 def test_average_price_when_rented_ones_served_counts_what_was_paid_for_the_work() -> None:
     cost = Cost(max_blended_price=0.0002)
     for backend in (rented(), MODAL):
-        done = Outcome(backend, 1, Verdict.GOOD, Stage.DONE, sent=True, duration=10.0)
+        usd = price_of(backend, 10.0, None)
+        done = Outcome(
+            backend, 1, Verdict.GOOD, Stage.DONE, sent=True, duration=10.0, billed=10.0, usd=usd
+        )
         cost.observe(exchange(), done)
     assert cost.blended_price() == pytest.approx(0.00015, rel=0.01)
 
@@ -313,7 +319,7 @@ async def test_rented_when_its_agreement_is_over_costs_its_rent_without_a_restar
             ranges = (await client.ask(METRICS)).json
         assert [e["backend"] for e in p.events("backend.rent_ended")] == ["b0"]
     (golem,) = shown["providers"]
-    assert said["cost_estimate"] == pytest.approx(said["inference_time"] * 0.1)
+    assert 0 < said["cost_estimate"] <= said["inference_time"] * 0.1
     assert (golem["price_model"], golem["idle_cost_per_second"]) == ("rented", 0.0)
     assert golem["cost_per_second"] == pytest.approx(0.1)
     assert ranges["cost_range"]["max"] == pytest.approx(0.1)

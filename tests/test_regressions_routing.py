@@ -523,15 +523,21 @@ async def test_price_limit_goes_by_what_answers_take_once_some_were_seen() -> No
         assert [backend_of(await ask(p, data)) for _ in range(2)] == ["b1", "b0"]
 
 
-def test_typical_duration_is_a_guess_first_and_then_the_mean_of_the_backends() -> None:
+def test_estimate_is_a_guess_first_and_then_the_mean_of_all_backends() -> None:
     """Two ends of the estimate; an unknown backend is taken for an average one."""
-    fleet = Fleet([fact("a"), fact("b"), fact("c")], {}, clock=lambda: 1000.0)
-    assert fleet.typical_duration() >= 1.0
+    fleet = Fleet([fact(name, price_per_second=1.0) for name in "abc"], {}, clock=lambda: 1000.0)
+    one, two, unknown = fleet.candidates()
+
+    def expected() -> float:
+        return fleet.estimates.usd(unknown.backend, unknown.live, "m", 1000.0)
+
+    assert expected() >= 1.0
     exchange = made()
-    for candidate, seconds in zip(fleet.candidates(), (2.0, 4.0), strict=False):
-        outcome = Outcome(candidate.backend, 1, Verdict.GOOD, Stage.DONE, duration=seconds)
+    for candidate in (one, one, one, two):
+        seconds = 2.0 if candidate is one else 4.0
+        outcome = Outcome(candidate.backend, 1, Verdict.GOOD, Stage.DONE, billed=seconds)
         fleet.note(exchange, outcome, candidate.live)
-    assert fleet.typical_duration() == pytest.approx(3.0)
+    assert 2.0 < expected() < 4.0
 
 
 # -- 7: limits of one backend

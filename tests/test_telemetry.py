@@ -39,7 +39,8 @@ from beacon_proxy.errors import Overloaded
 from beacon_proxy.ops.lines import JsonLines, encode
 from beacon_proxy.ops.live import MAX_WAITING
 from beacon_proxy.ops.metrics import Metrics
-from beacon_proxy.ops.telemetry import MAX_LISTENERS, Telemetry, cost_usd
+from beacon_proxy.ops.telemetry import MAX_LISTENERS, Telemetry
+from beacon_proxy.spending.bill import price_of
 
 SECRET = "sk-very-secret"
 UNIX = 1_700_000_000.25
@@ -110,7 +111,11 @@ def outcome(at: Backend | None = None, number: int = 1, **fields: Any) -> Outcom
         "duration": 2.0,
         "usage": Usage(12, 30),
     }
-    return Outcome(backend=at or backend(), number=number, **{**given, **fields})
+    made = {**given, **fields}
+    at = at or backend()
+    made.setdefault("billed", made["duration"] if made["sent"] else 0.0)
+    made.setdefault("usd", price_of(at, made["billed"], made["usage"]))
+    return Outcome(backend=at, number=number, **made)
 
 
 REFUSED = {
@@ -378,7 +383,7 @@ def plainly(of: Exchange, end: dict[str, Any]) -> dict[str, Any]:
         "provider": last and text(last.provider),
         "region": last and text(last.region),
         "attempts": [attempt(outcome) for outcome in of.attempts],
-        "cost_usd": number(sum(map(cost_usd, of.attempts)), 9),
+        "cost_usd": number(sum(outcome.usd for outcome in of.attempts), 9),
         "client": text(of.client),
         **({} if of.trace_id is None else {"trace_id": text(of.trace_id, 128)}),
         **(tokens if usages else {}),
@@ -804,7 +809,7 @@ def test_metrics_when_backends_come_and_go_unasked_hold_a_bounded_number_of_name
     metrics = Metrics("us-east", lambda: 0.0)
     for n in range(2000):
         gone = backend(f"golem-10.0.{n // 256}.{n % 256}-80")
-        metrics.attempt(outcome(gone), 0.5)
+        metrics.attempt(outcome(gone, usd=0.5))
         metrics.ejections[gone.name] += 1
         metrics.forget(gone.name)
     assert len(metrics._backends) <= 257
@@ -814,7 +819,7 @@ def test_metrics_when_backends_come_and_go_unasked_hold_a_bounded_number_of_name
 def test_metrics_when_a_backend_comes_back_before_it_was_told_gone_counts_on() -> None:
     metrics = Metrics("us-east", lambda: 0.0)
     back = backend("back")
-    metrics.attempt(outcome(back), 0.5)
+    metrics.attempt(outcome(back, usd=0.5))
     metrics.forget("back")
     candidates = [Candidate(back, Live())]
     for _ in range(2):

@@ -339,6 +339,6 @@ async def test_exchange_when_a_plugins_facts_are_none_the_client_is_not_left_han
         row, live = p.app.fleet.rows[0]
         p.app.fleet.rows[0] = (replace(row, price_per_second=None), live)
         async with RawClient(p.port) as client:
-            assert (await client.ask(chat())).status == 200
-            assert await client.closed()
+            assert (await client.ask(chat())).status == 500
+            assert (await client.ask(chat())).status == 500
         assert p.events("server.failed")

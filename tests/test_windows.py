@@ -39,8 +39,18 @@ def outcome(
     ttft: float | None = None,
     duration: float = 1.0,
     usage: Usage | None = None,
+    usd: float = 0.0,
 ) -> Outcome:
-    return Outcome(at or ONE, 1, verdict, Stage.DONE, ttft=ttft, duration=duration, usage=usage)
+    return Outcome(
+        at or ONE,
+        1,
+        verdict,
+        Stage.DONE,
+        ttft=ttft,
+        duration=duration,
+        usage=usage,
+        usd=usd,
+    )
 
 
 def total(windows: Windows, minutes: int = 60) -> Totals:
@@ -54,10 +64,10 @@ def by_model(windows: Windows) -> dict[str, int]:
 
 def test_totals_when_attempts_differ_sums_each_number() -> None:
     windows = Windows(FakeClock())
-    windows.add(outcome(ttft=0.1, duration=2.0, usage=Usage(3, 5)), "m", 0.5)
-    windows.add(outcome(Verdict.STRIKE, duration=0.25), "m", 0.0)
-    windows.add(outcome(Verdict.CALLER, duration=0.5), "m", 0.25)
-    windows.add(outcome(Verdict.NEUTRAL), "m", 0.0)
+    windows.add(outcome(ttft=0.1, duration=2.0, usage=Usage(3, 5), usd=0.5), "m")
+    windows.add(outcome(Verdict.STRIKE, duration=0.25), "m")
+    windows.add(outcome(Verdict.CALLER, duration=0.5, usd=0.25), "m")
+    windows.add(outcome(Verdict.NEUTRAL), "m")
     found = total(windows)
     assert (found.attempts, found.good, found.strikes) == (4, 1, 1)
     assert (found.seconds, found.usd) == (3.75, 0.75)
@@ -67,9 +77,9 @@ def test_totals_when_attempts_differ_sums_each_number() -> None:
 
 def test_totals_when_grouped_keeps_groups_apart() -> None:
     windows = Windows(FakeClock())
-    windows.add(outcome(at=backend("a", "us-east")), "m", 1.0)
-    windows.add(outcome(at=backend("b", "eu-west")), "m", 2.0)
-    windows.add(outcome(at=backend("c", "eu-west")), "m", 4.0)
+    windows.add(outcome(at=backend("a", "us-east"), usd=1.0), "m")
+    windows.add(outcome(at=backend("b", "eu-west"), usd=2.0), "m")
+    windows.add(outcome(at=backend("c", "eu-west"), usd=4.0), "m")
     groups = windows.totals(60, by=lambda key: key.region)
     assert {region: totals.usd for region, totals in groups.items()} == {
         "us-east": 1.0,
@@ -96,7 +106,7 @@ def test_totals_equal_a_whole_log_over_any_history(
     log: list[tuple[float, float]] = []
     for pause, usd in history:
         clock.now += pause
-        windows.add(outcome(), None, usd)
+        windows.add(outcome(usd=usd), None)
         log.append((clock.now, usd))
     since = clock.now // 60 - minutes
     kept = [usd for at, usd in log if at // 60 >= since]
@@ -108,9 +118,9 @@ def test_totals_equal_a_whole_log_over_any_history(
 def test_totals_keep_the_sixtieth_full_minute_while_a_new_one_begins() -> None:
     clock = FakeClock(6_000.0)
     windows = Windows(clock)
-    windows.add(outcome(), "m", 1.0)
+    windows.add(outcome(usd=1.0), "m")
     clock.now += 3600
-    windows.add(outcome(), "m", 2.0)
+    windows.add(outcome(usd=2.0), "m")
     assert total(windows).usd == 3.0
     clock.now += 60
     assert total(windows).usd == 2.0
@@ -119,7 +129,7 @@ def test_totals_keep_the_sixtieth_full_minute_while_a_new_one_begins() -> None:
 def test_totals_when_idle_for_hours_are_empty() -> None:
     clock = FakeClock()
     windows = Windows(clock)
-    windows.add(outcome(), "m", 1.0)
+    windows.add(outcome(usd=1.0), "m")
     clock.now += 7200
     assert total(windows).attempts == 0
 
@@ -128,7 +138,7 @@ def test_totals_when_idle_for_hours_are_empty() -> None:
 def test_ttft_quantile_is_within_ten_percent(values: list[float], q: float) -> None:
     windows = Windows(FakeClock())
     for value in values:
-        windows.add(outcome(ttft=value), "m", 0.0)
+        windows.add(outcome(ttft=value), "m")
     exact = sorted(values)[math.ceil(q * len(values)) - 1]
     assert total(windows).ttft_quantile(q) == pytest.approx(exact, rel=0.1)
 
@@ -136,7 +146,7 @@ def test_ttft_quantile_is_within_ten_percent(values: list[float], q: float) -> N
 @pytest.mark.parametrize("extreme", [0.0, 1e-9, 1e6])
 def test_ttft_when_extreme_is_counted_and_stays_bounded(extreme: float) -> None:
     windows = Windows(FakeClock())
-    windows.add(outcome(ttft=extreme), "m", 0.0)
+    windows.add(outcome(ttft=extreme), "m")
     quantile = total(windows).ttft_quantile(0.5)
     assert quantile is not None
     assert 0.0005 < quantile < 5000
@@ -155,36 +165,36 @@ def test_covered_in_a_young_process_is_its_age() -> None:
 
 def test_model_when_spelled_differently_is_one() -> None:
     windows = Windows(FakeClock())
-    windows.add(outcome(), "llama3.2:1b", 0.0)
-    windows.add(outcome(), "Llama3.2-1b", 0.0)
+    windows.add(outcome(), "llama3.2:1b")
+    windows.add(outcome(), "Llama3.2-1b")
     assert by_model(windows) == {"llama3.2-1b": 2}
 
 
 def test_model_when_absent_is_unknown() -> None:
     windows = Windows(FakeClock())
-    windows.add(outcome(), None, 0.0)
+    windows.add(outcome(), None)
     assert by_model(windows) == {"unknown": 1}
 
 
 def test_model_when_configured_is_kept_without_a_good_answer() -> None:
     windows = Windows(FakeClock())
     configured = backend(models=frozenset({"m"}))
-    windows.add(outcome(Verdict.STRIKE, at=configured), "m", 0.0)
+    windows.add(outcome(Verdict.STRIKE, at=configured), "m")
     assert by_model(windows) == {"m": 1}
 
 
 def test_model_when_never_answered_well_is_other() -> None:
     windows = Windows(FakeClock())
-    windows.add(outcome(Verdict.CALLER), "made-up", 0.0)
-    windows.add(outcome(Verdict.GOOD), "real", 0.0)
-    windows.add(outcome(Verdict.STRIKE), "real", 0.0)
+    windows.add(outcome(Verdict.CALLER), "made-up")
+    windows.add(outcome(Verdict.GOOD), "real")
+    windows.add(outcome(Verdict.STRIKE), "real")
     assert by_model(windows) == {"other": 1, "real": 2}
 
 
 def test_model_when_answered_well_at_last_is_known_from_then_on() -> None:
     windows = Windows(FakeClock())
-    windows.add(outcome(Verdict.CALLER), "late", 0.0)
-    windows.add(outcome(Verdict.GOOD), "late", 0.0)
+    windows.add(outcome(Verdict.CALLER), "late")
+    windows.add(outcome(Verdict.GOOD), "late")
     assert by_model(windows) == {"other": 1, "late": 1}
 
 
@@ -213,14 +223,14 @@ def test_cells_of_any_attempts_are_those_found_without_a_short_cut(
     expected: dict[Key, Totals] = {}
     for pause, at, model, verdict, ttft in history:
         clock.now += pause
-        windows.add(outcome(verdict, at=at, ttft=ttft), model, 0.5)
+        windows.add(outcome(verdict, at=at, ttft=ttft, usd=0.5), model)
         name = canonical_model(model[:128]) if model else "unknown"
         if model and verdict is Verdict.GOOD:
             known.add(name)
         if model and name not in known:
             name = "other"
         fresh = Windows(clock)  # knows no short cut, and every model is as good as any
-        fresh.add(outcome(verdict, at=at, ttft=ttft), None, 0.5)
+        fresh.add(outcome(verdict, at=at, ttft=ttft, usd=0.5), None)
         key = Key(at.name, at.provider, at.region, at.pool, name)
         expected.setdefault(key, Totals()).add(total(fresh))
     assert windows.totals(60, by=lambda key: key) == expected
@@ -228,10 +238,10 @@ def test_cells_of_any_attempts_are_those_found_without_a_short_cut(
 
 def test_spellings_when_a_client_makes_up_thousands_stay_bounded() -> None:
     windows = Windows(FakeClock())
-    windows.add(outcome(), "m", 0.0)
+    windows.add(outcome(), "m")
     tracemalloc.start()
     for n in range(20_000):
-        windows.add(outcome(), "m" + " " * (n % 200) + "\t" * (n // 200), 0.0)
+        windows.add(outcome(), "m" + " " * (n % 200) + "\t" * (n // 200))
     grown, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert by_model(windows) == {"m": 20_001}
@@ -242,7 +252,7 @@ def test_models_when_a_client_makes_up_thousands_stay_bounded() -> None:
     """A backend that takes any name must not let a client fill our memory."""
     windows = Windows(FakeClock())
     for n in range(5000):
-        windows.add(outcome(), f"m{n}" + "x" * 1000, 0.0)
+        windows.add(outcome(), f"m{n}" + "x" * 1000)
     models = by_model(windows)
     assert len(models) <= 129
     assert sum(models.values()) == 5000

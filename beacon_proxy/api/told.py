@@ -7,7 +7,6 @@ from typing import Any
 
 from ..contracts import Backend, Exchange, Fault, Outcome, Verdict
 from ..errors import Limited, ModelNotFound, NoBackend, Overloaded, ProxyError, UpstreamError
-from ..ops.telemetry import cost_usd
 from .reader import Reader
 
 _CODES: dict[type[ProxyError], str] = {
@@ -156,6 +155,6 @@ def content_of(
         "failure": failure,
         "provider_used": backend.name if backend else None,
         "inference_time": shown.duration if shown is not None else 0.0,
-        "cost_estimate": sum([cost_usd(outcome) for outcome in attempts], 0.0),
+        "cost_estimate": sum([outcome.usd for outcome in attempts], 0.0),
         "metadata": metadata,
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..contracts import Backend, Headers, Provider, Timeouts, canonical_model
+from ..contracts import Backend, Headers, Provider, Timeouts, TokenPrice, canonical_model
 from ..errors import ConfigError
 from ..plugins import Plugins, build_provider
 from ..regions import canonical_region, region_of_fly
@@ -254,6 +254,10 @@ def _prices(row: BackendSettings, provider: Provider, rates: Mapping[str, float]
     """What a second of work and a second of none cost; `check_rows` left one price to a rent."""
     own = row.price_per_second
     if row.price_model == "serverless":
+        price = row.price_per_million_tokens
+        if price is not None:
+            per_token = TokenPrice(price.input / 1e6, price.output / 1e6)
+            return {"token_price": per_token, "price_per_second": own or 0.0}
         return {"price_per_second": provider.price_per_second if own is None else own}
     if row.price_glm_per_hour is not None:
         own = row.price_glm_per_hour * rates["GLM"] / HOUR

@@ -110,12 +110,6 @@ class Settings(Section):
         """What is set, and valid, but has no effect, and why; one line a key."""
         later = ["ledger", "budgets", "limits", "alerts"]
         paths = [key for key in later if getattr(self, key) != _default(Settings, key)]
-        for index, row in enumerate(self.backends):
-            paths += [
-                f"backends[{index}].{key}"
-                for key in _LATER_IN_BACKENDS
-                if getattr(row, key) != _default(BackendSettings, key)
-            ]
         yet = [f"{path}: accepted, but this version does not act on it yet" for path in paths]
         return yet + [
             f"backends[{index}].{key}: has no effect without price_model: rented"
@@ -126,7 +120,6 @@ class Settings(Section):
         ]
 
 
-_LATER_IN_BACKENDS = ("price_per_million_tokens",)
 _OF_RENT = ("price_per_hour", "price_glm_per_hour", "rented_until")
 
 

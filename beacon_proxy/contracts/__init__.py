@@ -12,9 +12,33 @@ Rule 3: times are float seconds of the monotonic clock unless a name says `unix`
 bytes; money is USD.
 """
 
-from .backend import Backend, Candidate, Candidates, Capacity, Check, ColdStarts, Live, Timeouts
+from .backend import (
+    Backend,
+    Candidate,
+    Candidates,
+    Capacity,
+    Check,
+    ColdStarts,
+    Live,
+    Recent,
+    Timeouts,
+    TokenPrice,
+    Typical,
+)
 from .exchange import NO_SLOT, Exchange, Outcome, Permit, Prompt, Usage
-from .phases import Admit, Fleet, Lifespan, Observe, Prepare, QueueLimits, QueueRule, Retry, Select
+from .phases import (
+    Admit,
+    Fleet,
+    Gauge,
+    Lifespan,
+    Measures,
+    Observe,
+    Prepare,
+    QueueLimits,
+    QueueRule,
+    Retry,
+    Select,
+)
 from .provider import (
     CLEAN_UP,
     Call,
@@ -25,9 +49,11 @@ from .provider import (
     Provider,
     Reading,
     Reply,
+    Scales,
     Submission,
     Takes,
     Wakes,
+    Workers,
 )
 from .words import (
     Clock,
@@ -64,11 +90,13 @@ __all__ = [
     "Fields",
     "Finding",
     "Fleet",
+    "Gauge",
     "Headers",
     "Hop",
     "Hops",
     "Lifespan",
     "Live",
+    "Measures",
     "Notify",
     "Observe",
     "Outcome",
@@ -79,17 +107,22 @@ __all__ = [
     "QueueLimits",
     "QueueRule",
     "Reading",
+    "Recent",
     "Reply",
     "Retry",
+    "Scales",
     "Select",
     "Stage",
     "Submission",
     "Takes",
     "Timeouts",
+    "TokenPrice",
+    "Typical",
     "Usage",
     "Verdict",
     "Wakes",
     "Warmth",
+    "Workers",
     "canonical_model",
     "tell_nobody",
 ]

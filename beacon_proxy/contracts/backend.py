@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
+from typing import NamedTuple
 
 from .words import Fault, Headers, Verdict, Warmth
 
@@ -32,6 +33,13 @@ class Timeouts:
         return replace(self, **longer)
 
 
+class TokenPrice(NamedTuple):
+    """A price by tokens instead of seconds."""
+
+    input: float  # USD a token
+    output: float
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """One GPU server as configured: facts, no state."""
@@ -49,6 +57,7 @@ class Backend:
     price_model: str = "serverless"  # serverless | rented
     price_per_second: float = 0.0  # USD that a second of work costs more than a second of none
     idle_price_per_second: float = 0.0  # USD, paid busy or idle (rented)
+    token_price: TokenPrice | None = None  # where tokens are billed instead of seconds
     rented_until_unix: float = inf  # s: who uses a rented one beyond that hires it anew
     max_in_flight: int = 8
     models: frozenset[str] | None = None  # canonical, as configured, aliases too; None: ask
@@ -75,6 +84,26 @@ class Backend:
         host = f"[{self.host}]" if ":" in self.host else self.host
         usual = self.port == (443 if self.scheme == "https" else 80)
         return f"{self.scheme}://{host}" + ("" if usual else f":{self.port}")
+
+
+@dataclass(slots=True)
+class Typical:
+    """What a good attempt took of late: moving averages."""
+
+    billed: float = 0.0  # s, without a cold start
+    input: float = 0.0  # tokens
+    output: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """How the backends of one region and provider did over the last five minutes."""
+
+    ttft_p50: float | None = None  # s; None: no good answer
+    ttft_p95: float | None = None
+    duration_p50: float | None = None  # s
+    success: float | None = None  # 0..1; None: nothing that says
+    tokens_per_second: float | None = None  # output tokens, by seconds after the first content
 
 
 class ColdStarts:
@@ -152,7 +181,9 @@ class Live:
     cold_starts: ColdStarts = field(default_factory=ColdStarts)
     lacking: dict[str, float] = field(default_factory=dict)  # model it said it lacks: until (s)
     latency: float | None = None  # s, moving average of the first-content time of good attempts
-    duration: float = 0.0  # s, moving average of the whole time of good attempts
+    # What good attempts took, by model as clients spell it; None: over all of them.
+    typical: dict[str | None, Typical] = field(default_factory=dict)
+    recent: Recent | None = None  # of its region and provider; None: not known yet
     success: float = 1.0  # 0..1, moving average over good attempts and strikes
     last_used: float = 0.0  # monotonic s of the last outcome
 

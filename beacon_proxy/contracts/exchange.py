@@ -24,10 +24,11 @@ def _fact(cls: type[_T]) -> type[_T]:
 
 @_fact
 class Usage:
-    """Tokens as the backend itself counted them."""
+    """Tokens, as the backend itself counted them where it does."""
 
     input: int = 0
     output: int = 0
+    estimated: bool = False  # counted from the events that passed: the backend did not say
 
 
 @_fact
@@ -51,6 +52,9 @@ class Outcome:
     usage: Usage | None = None
     detail: str = ""  # for the log; no body, no credential
     cold_start: float | None = None  # s that the backend took to start, where it had to
+    billed: float = 0.0  # s that are paid for: as the provider reports, else by our clock
+    usd: float = 0.0  # what it cost, by `billed` or by `usage`
+    expected_usd: float = 0.0  # what it was expected to cost before it was made
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ class Exchange:
     deadline: float | None = None  # monotonic s
     max_price: float | None = None  # USD
     trace_id: str | None = None
+    tenant: str | None = None  # who asks, hashed, where `limits.tenant_header` says how it is told
     session: str | None = None  # what the client calls its conversation, for affinity
     prompt: Prompt | None = None  # set on the translated route alone
     deadline_is_ours: bool = False  # set by the proxy, not by the client

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .backend import Backend, Candidate, Candidates, Check
 from .exchange import Exchange, Outcome, Permit
+
+
+class Gauge(NamedTuple):
+    """One number that a middleware shows in /metrics, as `beacon_<name>`."""
+
+    name: str  # snake case, with its unit
+    help: str
+    value: float
+    labels: tuple[tuple[str, str], ...] = ()  # name and value; from a bounded set
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,4 +90,10 @@ class Observe(Protocol):
 class Lifespan(Protocol):
     def lifespan(self, fleet: Fleet) -> AbstractAsyncContextManager[None]:
         """Work that lasts as long as the process: probes, refreshers."""
+        ...
+
+
+class Measures(Protocol):
+    def gauges(self) -> Iterable[Gauge]:
+        """What this middleware shows of itself; asked when somebody reads, never by a request."""
         ...

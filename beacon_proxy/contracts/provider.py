@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .backend import Backend, Check
 from .exchange import Exchange, Prompt, Usage
@@ -108,6 +108,14 @@ class Reply(Protocol):
         """The provider says how long the request waited for the backend to start."""
         ...
 
+    def billed(self, seconds: float) -> None:
+        """The provider says how many seconds it bills for this request.
+
+        Without it they are counted by our own clock, from the connect to the end. It may be called
+        until the answer has ended, and the last word holds.
+        """
+        ...
+
     def left_behind(self, what: str) -> None:
         """Work that may still run at the backend, and be paid for, though nobody waits for it.
 
@@ -192,19 +200,41 @@ class Wakes(Protocol):
         ...
 
 
+class Workers(NamedTuple):
+    """How many workers a backend's provider may keep."""
+
+    min: int  # kept running, and paid for, even when nobody asks
+    max: int
+
+
+class Scales(Protocol):
+    """A provider that can be told how many workers to keep."""
+
+    async def scale(
+        self, backend: Backend, workers: Workers, session: aiohttp.ClientSession
+    ) -> None:
+        """Set the bounds of the backend's own autoscaler.
+
+        The caller bounds the time. Raises aiohttp's errors, OSError, or `ValueError` where the
+        provider says no; its text is for the log, so it holds no credential.
+        """
+        ...
+
+
 class Provider(Protocol):
     """A family of backends. One object a process; it holds no state of a request.
 
     A class that inherits from this one may leave out what has a body here; one that does not needs
     all of it.
 
-    What it may have beside, each looked up by name as the phases of a middleware are: the methods
-    of `Carries`, `Hops`, `Fields`, `Takes` and `Wakes`, two numbers, `cold_start` (s that its
-    backends may take to start) and `stays_warm` (s after an answer that they surely stay warm), and
-    `scales`: where it is true, a request beside others may meet a worker that has yet to start, so
-    that the limits of a cold start hold for it, however warm the backend is. `control_schemes` are
-    those of a `control_url` that it understands, where they are not http and https. Without
-    `reads_session` being true, `Exchange.session` may stay None.
+    What it may have beside, each looked up by name as the phases of a middleware are: the
+    methods of `Carries`, `Hops`, `Fields`, `Takes`, `Wakes` and `Scales`, two numbers,
+    `cold_start` (s that its backends may take to start) and `stays_warm` (s after an answer
+    that they surely stay warm), and `scales`: where it is true, a request beside others may
+    meet a worker that has yet to start, so that the limits of a cold start hold for it, however
+    warm the backend is. `control_schemes` are those of a `control_url` that it understands,
+    where they are not http and https. Without `reads_session` being true, `Exchange.session`
+    may stay None.
     """
 
     name: str

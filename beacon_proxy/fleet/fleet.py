@@ -23,6 +23,7 @@ from ..contracts import (
     Warmth,
     tell_nobody,
 )
+from ..spending.estimates import Estimates
 from .control import Control
 from .hooks import Hooks
 from .roster import Roster
@@ -35,7 +36,6 @@ WARMING_TIME = 600.0  # s that "it is starting" is believed without further news
 _TOLD_START = 1.0  # s; a start longer than this is worth a line in the log
 _LACKING_TIME = 300.0  # s that a model stays unlikely on a backend that said it has not got it
 _LACKING_MOST = 256  # models remembered so, a backend
-_FIRST_GUESS = 5.0  # s, for the price of an answer while none has been seen
 _WEIGHT = 0.2  # of the newest outcome in the moving averages: about the last ten count
 _LOOK_PAUSE = 5.0  # s between two looks for a model that nobody serves
 _LOOK_TIME = 2.0  # s that such a look takes at most
@@ -58,6 +58,7 @@ class Fleet(Roster):
         self._control = control = Control(providers, version, notify)
         hooks = {name: Hooks.of(each, control.carriage) for name, each in providers.items()}
         super().__init__(backends, providers, hooks, clock, unix, notify)
+        self.estimates = Estimates()
         self._asking: dict[str, asyncio.Task[Check | None]] = {}
         self._looking: asyncio.Task[None] | None = None
         self._look_again = 0.0
@@ -95,21 +96,14 @@ class Fleet(Roster):
                 return True
         return not self.rows or self.unasked > 0  # who is still to be found may serve it
 
-    def typical_duration(self) -> float:
-        """Seconds a good attempt took of late, over all backends; a guess before the first."""
-        known = [live.duration for _, live in self.rows if live.duration]
-        return sum(known) / len(known) if known else _FIRST_GUESS
-
     def note(self, exchange: Exchange, outcome: Outcome, live: Live) -> None:
-        """Learn latency and success from one attempt."""
+        """Learn latency, success and cost from one attempt."""
         live.last_used = now = self.now()
         if outcome.verdict is _GOOD:
             live.warmth = _WARM
             live.warmth_until = live.cold_from = now + outcome.backend.stays_warm
             live.success += _WEIGHT * (1.0 - live.success)
-            live.duration += (_WEIGHT if live.duration else 1.0) * (
-                outcome.duration - live.duration
-            )
+            self.estimates.note(live, exchange.model, outcome)
             ttft = outcome.ttft
             if outcome.cold_start is not None:
                 # How fast it answers is another question than how long it takes to start.

@@ -77,8 +77,7 @@ class Canonical:
             if outcome.cold_start is not None:
                 fields["cold_start_s"] = round(outcome.cold_start, 6)
             tried.append(fields)
-            if answer is not None or outcome.sent:  # as in `cost_usd`
-                cost += seconds * last.price_per_second
+            cost += outcome.usd
             if usage is not None:
                 counted = True
                 tokens_in += usage.input

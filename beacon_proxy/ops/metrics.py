@@ -29,7 +29,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from .. import __version__
-from ..contracts import Candidates, Clock, End, Exchange, Fault, Live, Outcome, Stage, Warmth
+from ..contracts import Candidates, Clock, End, Exchange, Fault, Gauge, Live, Outcome, Stage, Warmth
 from ..errors import ProxyError
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -112,11 +112,12 @@ class Metrics(Collector):
         self._waits = Histogram(_WAITS)
         self._overhead = Histogram(_OVERHEAD)
         self._candidates: Candidates = ()
+        self.measured: list[Gauge] = []  # what others show, at the time of a reading
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
-    def attempt(self, outcome: Outcome, usd: float) -> None:
+    def attempt(self, outcome: Outcome) -> None:
         name = outcome.backend.name
         tally = self._backends.get(name)
         if tally is None:
@@ -126,7 +127,7 @@ class Metrics(Collector):
             tally.attempts[how] += 1
         except KeyError:
             tally.attempts[how] = 1
-        tally.usd += usd
+        tally.usd += outcome.usd
         ttft, usage = outcome.ttft, outcome.usage
         if ttft is not None:
             seen = tally.ttft
@@ -205,6 +206,7 @@ class Metrics(Collector):
         yield from self._of_exchanges()
         yield from self._of_attempts()
         yield from self._of_fleet()
+        yield from self._of_others()
 
     def _of_exchanges(self) -> Iterator[Metric]:
         exchanges = CounterMetricFamily(
@@ -245,7 +247,7 @@ class Metrics(Collector):
             "beacon_tokens", "Tokens as backends count them.", labels=("backend", "direction")
         )
         usd = CounterMetricFamily(
-            "beacon_cost_usd", "Estimated spend: billed seconds by price.", labels=("backend",)
+            "beacon_cost_usd", "Spend, as the attempts that ended were billed.", labels=("backend",)
         )
         for name, tally in self._backends.items():
             for (stage, fault), count in tally.attempts.items():
@@ -304,6 +306,17 @@ class Metrics(Collector):
                     if count is not None:
                         capacity.add_metric((backend.name, what), count)
         yield from (info, in_flight, health, resting, warmth, capacity)
+
+    def _of_others(self) -> Iterator[Metric]:
+        families: dict[str, GaugeMetricFamily] = {}
+        for gauge in self.measured:
+            family = families.get(gauge.name)
+            if family is None:
+                names = tuple(name for name, _ in gauge.labels)
+                family = GaugeMetricFamily(f"beacon_{gauge.name}", gauge.help, labels=names)
+                families[gauge.name] = family
+            family.add_metric(tuple(value for _, value in gauge.labels), gauge.value)
+        yield from families.values()
 
 
 def healthy(live: Live, now: float) -> bool:

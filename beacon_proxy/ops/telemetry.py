@@ -8,10 +8,11 @@ listener that is slow loses events.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ..contracts import Backend, Candidates, Clock, End, Exchange, Outcome
-from ..errors import Overloaded
+from ..contracts import Backend, Candidates, Clock, End, Exchange, Gauge, Outcome
+from ..errors import Overloaded, told
 from .canonical import Canonical
 from .lines import JsonLines, Line, encode, through
 from .live import Listener
@@ -33,6 +34,7 @@ LEVELS = {
     "discovery.unplaced": "warning",
     "discovery.stopped": "error",
     "fleet.panicked": "warning",
+    "gauges.failed": "error",
     "job.left_behind": "warning",
     "observe.failed": "error",
     "probe.failed": "warning",
@@ -57,6 +59,7 @@ class Telemetry:
         log: the structlog logger that every line goes to.
         metrics, windows: the numbers behind /metrics, /costs and /regions.
         region: where this instance runs.
+        sources: who shows gauges of their own.
         clock, unix: monotonic and unix seconds.
     """
 
@@ -79,12 +82,12 @@ class Telemetry:
         self.windows = Windows(clock)
         self._access_log = access_log
         self._listeners: list[Listener] = []
+        self.sources: tuple[Callable[[], Iterable[Gauge]], ...] = ()
 
     def attempt(self, exchange: Exchange, outcome: Outcome) -> None:
         """Count an attempt that has ended. Once for each, whatever its end."""
-        usd = cost_usd(outcome)
-        self.metrics.attempt(outcome, usd)
-        self.windows.add(outcome, exchange.model, usd)
+        self.metrics.attempt(outcome)
+        self.windows.add(outcome, exchange.model)
 
     def exchange(
         self,
@@ -147,8 +150,17 @@ class Telemetry:
         if self._writer is not None:
             self._writer.close(timeout)
 
+    def gauges(self) -> Iterator[Gauge]:
+        """What everybody in `sources` shows of itself now."""
+        for source in self.sources:
+            try:
+                yield from source()
+            except Exception as exc:  # a plugin's fault must not take the other numbers away
+                self.notify("gauges.failed", error=told(exc))
+
     def render(self, candidates: Candidates, accept: str = "") -> tuple[bytes, str]:
         """The metrics and their content type, in the Prometheus format that `accept` prefers."""
+        self.metrics.measured = list(self.gauges())
         if self._writer is not None:
             self.metrics.lines_unwritten = self._writer.lost
         return self.metrics.render(candidates, accept)
@@ -190,9 +202,3 @@ def _public(fields: dict[str, Any]) -> dict[str, Any]:
     if isinstance(tries := told.get("attempts"), list):
         told["attempts"] = [_public(tried) for tried in tries]
     return told
-
-
-def cost_usd(outcome: Outcome) -> float:
-    """Estimate what an attempt costs: its seconds by the price; 0 where nothing was sent."""
-    billed = outcome.sent or outcome.status is not None
-    return outcome.duration * outcome.backend.price_per_second if billed else 0.0

@@ -104,7 +104,7 @@ class Windows:
         self._over = 0.0  # s of the clock: when it will not be any more
         self._ways: dict[str, _Ways] = {}  # by backend name
 
-    def add(self, outcome: Outcome, model: str | None, usd: float) -> None:
+    def add(self, outcome: Outcome, model: str | None) -> None:
         """Count one attempt that has just ended; `model` as the client spells it."""
         now = self._clock()
         if now >= self._over:
@@ -122,7 +122,7 @@ class Windows:
         elif verdict is _STRIKE:
             totals.strikes += 1
         totals.seconds += outcome.duration
-        totals.usd += usd
+        totals.usd += outcome.usd
         usage, ttft = outcome.usage, outcome.ttft
         if usage is not None:
             totals.tokens_in += usage.input

@@ -20,6 +20,7 @@ from ..contracts import (
 )
 from ..errors import ProxyError, UpstreamError
 from ..fleet.hooks import NO_HOOKS, Hooks
+from ..spending.bill import price_of
 from ..wire.answer import Answer
 from ..wire.carried import Carried, Carriers
 from ..wire.connection import Connection
@@ -58,6 +59,8 @@ class Attempt:
         last: the judgement of it.
         patience: its limits, by how warm the backend is.
         accepted: the backend has taken the work, and said where its result will be.
+        expected_usd: what it is expected to cost.
+        billed_from: when the backend began to be paid for, by our clock (monotonic s).
     """
 
     __slots__ = (
@@ -67,9 +70,11 @@ class Attempt:
         "accepted",
         "answer",
         "backend",
+        "billed_from",
         "candidate",
         "error",
         "exchange",
+        "expected_usd",
         "flow",
         "hooks",
         "last",
@@ -103,7 +108,8 @@ class Attempt:
         self.last = _NOTHING_YET
         self.sent = self.accepted = False
         self.number = len(exchange.attempts) + 1
-        self.started = now = monotonic()
+        self.started = self.billed_from = now = monotonic()
+        self.expected_usd = 0.0
         backend = candidate.backend
         self.patience = backend.timeouts
         self._was = candidate.live.warmth_at(now)
@@ -199,9 +205,12 @@ class Attempt:
         deadline = self.exchange.ends_on(self.backend)
         try:
             async with asyncio.timeout_at(deadline if deadline < inf else None):
-                return await self.wire.pool.connect(self.backend)
+                connection = await self.wire.pool.connect(self.backend)
         except TimeoutError as exc:
             raise UpstreamError(_DEADLINE, _CONNECT, "the deadline ran out") from exc
+        if not self.sent:  # what went before, on a connection that had gone stale, was its work
+            self.billed_from = monotonic()
+        return connection
 
     def _send(
         self,
@@ -322,9 +331,11 @@ class Attempt:
             verdict = _STRIKE
         if answer is None:
             stage, status, committed, size, usage, ttft = _CONNECT, None, False, 0, None, None
+            billed = now - self.billed_from if self.sent else 0.0
         else:
             stage, status, committed = answer.stage, answer.status, answer.committed
             size, usage, ttft = answer.size, answer.usage, answer.first_content
+            billed = now - self.billed_from if answer.billed is None else answer.billed
             if ttft is not None:
                 ttft -= self.started
             if answer.watch is not None:
@@ -349,6 +360,9 @@ class Attempt:
             usage,
             detail,
             self._cold_start(ttft),
+            billed,
+            price_of(self.backend, billed, usage),
+            self.expected_usd,
         )
 
     def _cold_start(self, ttft: float | None) -> float | None:

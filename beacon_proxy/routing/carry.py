@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from math import inf
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Backend, Fault, Reply, Stage, Submission
@@ -39,7 +40,7 @@ async def carry_by(carry: Carry, attempt: Attempt, source: Source, lone: bool) -
     attempt.answer = answer = attempt.expect(source.shape, exchange.stream, False, lone)
     wire = attempt.wire
     attempt.flow = carried = Carried(wire.loop, wire.wheel, answer, backend.cold_timeouts)
-    attempt.sent = True
+    attempt.sent, attempt.billed_from = True, monotonic()
     task = carried.start(
         wire.carriers,
         lambda reply: carry(backend, submission, reply, session),

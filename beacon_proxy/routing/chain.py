@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..contracts import Backend, Candidates, Exchange, Outcome, Permit, QueueLimits
+from ..contracts import Backend, Candidates, Exchange, Gauge, Outcome, Permit, QueueLimits
 
 PreparePhase = Callable[[Exchange], None]
 SelectPhase = Callable[[Exchange, Candidates], Candidates]
@@ -25,6 +25,7 @@ class Chain:
     retries: tuple[RetryPhase, ...]
     observers: tuple[ObservePhase, ...]
     lifespans: tuple[Any, ...]
+    gauges: tuple[Callable[[], Iterable[Gauge]], ...]
     queue: QueueLimits
 
     @classmethod
@@ -43,5 +44,6 @@ class Chain:
             phase("retry"),
             phase("observe"),
             phase("lifespan"),
+            phase("gauges"),
             rules[0]() if rules else QueueLimits(0, 0.0),
         )

@@ -65,8 +65,9 @@ class Chooser:
         if self._fleet.choosy:
             candidates = self._fleet.taking(exchange, candidates)
         if exchange.max_price is not None:
-            limit, typical = exchange.max_price, self._fleet.typical_duration()
-            candidates = [c for c in candidates if _estimate(c, typical) <= limit]
+            limit, model_name = exchange.max_price, exchange.model
+            usd, now = self._fleet.estimates.usd, self._fleet.now()
+            candidates = [c for c in candidates if usd(c.backend, c.live, model_name, now) <= limit]
             if not candidates and not tried:
                 raise Limited(
                     "no backend is expected to answer within X-Beacon-Max-Price", retry_after=60.0
@@ -215,8 +216,3 @@ class Chooser:
 def _release(permits: list[Permit]) -> None:
     for permit in permits:
         permit.release()
-
-
-def _estimate(candidate: Candidate, typical: float) -> float:
-    """USD an attempt is expected to cost, by what attempts at this backend, or any, took so far."""
-    return candidate.backend.price_per_second * (candidate.live.duration or typical)

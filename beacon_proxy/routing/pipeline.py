@@ -63,6 +63,7 @@ class Pipeline:
         self._watcher = watcher
         self._queue = Queue(chain.queue, watcher.queue_depth)
         self._chooser = Chooser(fleet, chain, self._queue)
+        self._expected_usd = fleet.estimates.usd
 
     async def run(self, exchange: Exchange, source: Source, client: Client, run: Run) -> None:
         """Answer one exchange.
@@ -93,7 +94,11 @@ class Pipeline:
                     raise
                 break
             tried = (*tried, choice.candidate.backend.name)
-            attempt = Attempt(self._wire, exchange, choice.candidate, choice.provider, choice.hooks)
+            candidate = choice.candidate
+            attempt = Attempt(self._wire, exchange, candidate, choice.provider, choice.hooks)
+            attempt.expected_usd = self._expected_usd(
+                candidate.backend, candidate.live, exchange.model, attempt.started
+            )
             try:
                 delay = await self._try(exchange, source, client, model, tried, choice, attempt)
             except asyncio.CancelledError:

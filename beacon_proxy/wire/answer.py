@@ -83,6 +83,7 @@ class Answer:
         lone: no other backend stands ready.
         usage: tokens, where a whole answer was read for them.
         cold_start: s that the backend took to start, where it, or its provider, says so.
+        billed: s that its provider says it bills; None: it does not say.
     """
 
     __slots__ = (
@@ -93,6 +94,7 @@ class Answer:
         "_timeouts",
         "_waiter",
         "answer_by",
+        "billed",
         "cold_start",
         "committed",
         "complete",
@@ -166,6 +168,7 @@ class Answer:
         self.detail = ""
         self.usage: Usage | None = None
         self.cold_start: float | None = None
+        self.billed: float | None = None
         self.sent_at = self.last = 0.0
         self.head_at: float | None = None
         self.first_content: float | None = None

@@ -180,6 +180,10 @@ class Carried:
         if self._answer is not None:
             self._answer.cold_start = seconds
 
+    def billed(self, seconds: float) -> None:
+        if self._answer is not None:
+            self._answer.billed = seconds
+
     def left_behind(self, what: str) -> None:
         notify, backend = self._tell
         notify("job.left_behind", backend=backend, what=what[:200])
