@@ -34,6 +34,7 @@ from .wire.wheel import Wheel
 
 if TYPE_CHECKING:
     from .discovery.refresh import Refresher
+    from .scaling.scaler import Scaler
 
 BACKLOG = 1024  # connections the kernel holds while the loop is busy
 
@@ -111,12 +112,43 @@ class App:
         if self._refresher is not None:
             self._stack.push_async_callback(self._refresher.close)
             self._refresher.start()
+        if (scaler := self._scaler()) is not None:
+            self.telemetry.sources += (scaler.gauges,)
+            await self._stack.enter_async_context(scaler.lifespan())
         for lifespan in chain.lifespans:
             await self._stack.enter_async_context(lifespan(self.fleet))
         for warning in self._settings.warnings:
             self.telemetry.notify("config.ignored", warning=warning)
         self.telemetry.notify(
             "server.started", port=self.port, backends=len(self.backends), version=__version__
+        )
+
+    def _scaler(self) -> Scaler | None:
+        """Who scales the backends that are this instance's to scale; None: there are none."""
+        settings = self._settings
+        homes = {backend.name: backend.region for backend in self.backends}
+        here = [
+            row
+            for row in settings.autoscale.backends
+            if (row.instance or homes.get(row.backend)) == settings.server.region
+        ]
+        if not here:
+            return None
+        # Not above: most have no use for it, and a start is its imports.
+        from .scaling.plan import Bounds
+        from .scaling.scaler import Scaler
+
+        return Scaler(
+            {
+                row.backend: Bounds(**row.model_dump(exclude={"backend", "instance"}))
+                for row in here
+            },
+            interval=settings.autoscale.interval,
+            dry_run=settings.autoscale.dry_run,
+            fleet=self.fleet,
+            waiting=self.pipeline.waiting,
+            clock=time.monotonic,
+            notify=self.telemetry.notify,
         )
 
     def _discovery(self) -> Refresher:

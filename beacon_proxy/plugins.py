@@ -210,8 +210,9 @@ def _wrong_methods(provider: Any) -> Iterator[str]:
 
 _AWAITED = {"check", "carry", "scale"}
 _HOOKS = {
-    *("carries", "carry", "hop", "fields", "takes", "wakes", "scale"),
+    *("carries", "carry", "hop", "fields", "takes", "wakes"),
+    *("scalable", "scale"),
     *("cold_start", "stays_warm", "scales", "control_schemes", "reads_session"),
 }
 _PARTS = {*Provider.__annotations__, *(part for part in vars(Provider) if part[0] != "_")}
-_PAIRS = ({"carries", "carry"},)  # one alone would never be asked
+_PAIRS = ({"carries", "carry"}, {"scalable", "scale"})  # one alone would never be asked

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import models_json_schema
 
+from .config.autoscale import Scaled
 from .config.backends import BackendSettings, Discovery, TokenPrice
 from .config.checks import DEFAULT_CHAIN
 from .config.money import Budget, Rule, Webhook
@@ -45,6 +46,7 @@ _SAMPLES: dict[type[BaseModel], Mapping[str, Any]] = {
     Budget: {"name": "daily", "per": "day", "usd": 5},
     Webhook: {"url": "https://hooks.example/x", "secret": "${ALERT_SECRET}"},
     Rule: {"above": 0.8},
+    Scaled: {"backend": "runpod-eu", "max": 3},
 }
 _SECOND_BACKEND = """
   - name: runpod-eu

@@ -1,8 +1,9 @@
 """A stand-in for Modal's control plane: gRPC on 127.0.0.1, made of the `modal` package's own words.
 
-It is not Modal. It knows the two calls that `Function.from_name(…).get_current_stats()` makes in
-modal 1.6.4, and keeps what it was asked with; any other call ends with UNIMPLEMENTED. What the
-numbers mean is Modal's documentation (modal/types.py: backlog, num_total_runners, input_headroom).
+It is not Modal. It knows the calls that `Function.from_name(…)`, its `get_current_stats()` and its
+`autoscaler.update()` make in modal 1.6.4, and keeps what it was asked with; any other call ends
+with UNIMPLEMENTED. What the numbers mean is Modal's documentation (modal/types.py: backlog,
+num_total_runners, input_headroom).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class ControlPlane:
         stats: what the next answer says.
         status: the gRPC error to answer FunctionGet with instead.
         hangs: no call is answered.
+        scaled: the bounds it was told, oldest first.
         asked: (call, environment or function id), oldest first.
         tokens: the credentials that came with each.
     """
@@ -35,6 +37,7 @@ class ControlPlane:
         self.stats = api_pb2.FunctionStats(backlog=0, num_total_tasks=0)
         self.status = status
         self.hangs = hangs
+        self.scaled: list[tuple[int, int]] = []
         self.asked: list[tuple[str, str]] = []
         self.tokens: list[tuple[str | None, str | None]] = []
         self.port = 0
@@ -49,6 +52,12 @@ class ControlPlane:
         return {
             f"{SERVICE}FunctionGet": Handler(
                 self._get, unary, pb.FunctionGetRequest, pb.FunctionGetResponse
+            ),
+            f"{SERVICE}FunctionUpdateSchedulingParams": Handler(
+                self._scale,
+                unary,
+                pb.FunctionUpdateSchedulingParamsRequest,
+                pb.FunctionUpdateSchedulingParamsResponse,
             ),
             f"{SERVICE}FunctionGetCurrentStats": Handler(
                 self._stats, unary, pb.FunctionGetCurrentStatsRequest, pb.FunctionStats
@@ -75,6 +84,14 @@ class ControlPlane:
         request = await self._next(stream)
         self.asked.append(("FunctionGetCurrentStats", request.function_id))
         await stream.send_message(self.stats)
+
+    async def _scale(self, stream: Any) -> None:
+        request = await self._next(stream)
+        settings = request.settings
+        self.scaled.append((settings.min_containers, settings.max_containers))
+        await stream.send_message(
+            api_pb2.FunctionUpdateSchedulingParamsResponse(current_settings=settings)
+        )
 
     async def _next(self, stream: Any) -> Any:
         request = await stream.recv_message()

@@ -364,7 +364,7 @@ def test_guide_when_it_shows_configuration_it_is_valid(
 
 def test_guide_when_a_method_is_a_providers_it_is_told() -> None:
     contracts = ast.parse((ROOT / "beacon_proxy" / "contracts" / "provider.py").read_text())
-    told = ("Provider", "Carries", "Reply", "Hops", "Fields", "Takes", "Wakes")
+    told = ("Provider", "Carries", "Reply", "Hops", "Fields", "Takes", "Wakes", "Scales")
     names = {
         each.name
         for node in ast.walk(contracts)

@@ -32,9 +32,11 @@ FLOORS: dict[str, set[str]] = {
     "fleet": GROUND | {"wire", "spending"},
     "routing": GROUND | {"wire", "fleet", "spending"},
     "ops": GROUND,
+    "scaling": GROUND,
     "discovery": GROUND | {"config"},
     "api": GROUND | {"wire", "plugins", "config", "fleet", "routing", "ops"},
-    "app": GROUND | {"wire", "plugins", "config", "fleet", "routing", "ops", "api", "discovery"},
+    "app": GROUND
+    | {"wire", "plugins", "config", "fleet", "routing", "ops", "api", "discovery", "scaling"},
     "demo": GROUND | {"plugins", "config", "app"},
     "cli": GROUND | {"plugins", "config", "schema", "app", "demo"},
     "__main__": {"cli"},

@@ -20,6 +20,7 @@ from ..plugins import Plugins, build_provider
 from ..regions import canonical_region, region_of_fly
 from .backends import BackendSettings
 from .checks import (
+    check_autoscale,
     check_chain,
     check_defaults,
     check_files,
@@ -94,6 +95,7 @@ def make_settings(written: Mapping[str, Any], env: Mapping[str, str], plugins: P
     check_names(content["backends"], lambda i: place(("backends", i, "name")), found)
     check_names(content.get("budgets"), lambda i: f"budgets[{i}].name", found)
     check_references(content, [*providers], found)
+    check_autoscale(content.get("autoscale"), content["backends"], providers, found)
     check_defaults(content.get("discovery"), providers, content.get("rates"), found)
     try:
         settings = Settings.model_validate(content)
@@ -189,9 +191,19 @@ def resolve_backends(settings: Settings, plugins: Plugins) -> tuple[Backend, ...
         for number, backend in enumerate(backends)
         if (problem := providers[backend.provider].problem(backend)) is not None
     ]
+    by_name = {backend.name: backend for backend in backends}
+    for number, row in enumerate(settings.autoscale.backends):
+        if (backend := by_name.get(row.backend)) is not None:
+            scalable: Any = getattr(providers[backend.provider], "scalable", _never)
+            if (problem := scalable(backend)) is not None:
+                found.append(f"autoscale.backends[{number}]: backend {row.backend}: {problem}")
     if found:
         raise ConfigError(found)
     return backends
+
+
+def _never(_: Backend) -> str:
+    return "its provider cannot be told how many workers to keep"
 
 
 def resolve_row(

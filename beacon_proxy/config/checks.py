@@ -229,6 +229,26 @@ def check_references(content: Mapping[str, Any], known: Sequence[str], problems:
             )
 
 
+def check_autoscale(
+    section: Any, backends: Any, providers: Mapping[str, Provider], problems: list[str]
+) -> None:
+    """Check that what is to be scaled is there, once, and of a provider that can."""
+    rows = [*_mappings(section.get("backends") if isinstance(section, dict) else None)]
+    of = {row.get("name"): row.get("provider") for _, row in _mappings(backends)}
+    seen: set[str] = set()
+    for index, row in rows:
+        name, at = row.get("backend"), f"autoscale.backends[{index}].backend"
+        if not isinstance(name, str) or not name:
+            continue
+        if name not in of:
+            problems.append(f"{at}: there is no backend {shown(name)}{meant(name, map(str, of))}")
+        elif of[name] in providers and not hasattr(providers[str(of[name])], "scale"):
+            problems.append(f"{at}: provider {of[name]} cannot be told how many workers to keep")
+        if name in seen:
+            problems.append(f"{at}: {shown(name)} is listed twice")
+        seen.add(name)
+
+
 def _mappings(rows: Any) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if isinstance(rows, list):
         yield from ((i, row) for i, row in enumerate(rows) if isinstance(row, dict))

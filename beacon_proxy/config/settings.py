@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
+from .autoscale import Autoscale
 from .backends import BackendSettings, Discovery
 from .money import Alerts, Budget, Ledger, Limits
 from .values import Count, NotNegative, Origin, Port, Positive, Region, Section, Text
@@ -99,6 +100,9 @@ class Settings(Section):
     budgets: list[Budget] = Field(default=[], description="limits on what may be spent")
     limits: Limits = Field(default=Limits(), description="limits for a single request")
     alerts: Alerts = Field(default=Alerts(), description="who is told what")
+    autoscale: Autoscale = Field(
+        default=Autoscale(), description="which providers are told how many workers to keep"
+    )
     rates: dict[Text, Positive] = Field(
         default={},
         description="USD per unit of a currency, for price_glm_per_hour",

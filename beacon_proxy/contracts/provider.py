@@ -210,13 +210,17 @@ class Workers(NamedTuple):
 class Scales(Protocol):
     """A provider that can be told how many workers to keep."""
 
-    async def scale(
-        self, backend: Backend, workers: Workers, session: aiohttp.ClientSession
-    ) -> None:
-        """Set the bounds of the backend's own autoscaler.
+    def scalable(self, backend: Backend) -> str | None:
+        """What keeps this backend from being scaled, as `key: problem`; None: nothing does."""
+        ...
 
-        The caller bounds the time. Raises aiohttp's errors, OSError, or `ValueError` where the
-        provider says no; its text is for the log, so it holds no credential.
+    async def scale(
+        self, backend: Backend, workers: Workers, session: aiohttp.ClientSession, seconds: float
+    ) -> None:
+        """Set the bounds of the backend's own autoscaler, within `seconds`.
+
+        Raises aiohttp's errors, OSError, or `ValueError` where the provider says no: its text is
+        for the log, so it holds no credential.
         """
         ...
 

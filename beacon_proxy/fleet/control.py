@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 
-from ..contracts import Backend, Check, Fault, Notify, Provider, Verdict
+from ..contracts import Backend, Check, Fault, Notify, Provider, Verdict, Workers
 from ..errors import told
 from ..wire.faults import fault_of
 from ..wire.pool import IDLE_LIMIT, tls_context
@@ -59,6 +59,26 @@ class Control:
             self._notify("check.failed", backend=backend.name, error=told(exc))
             # Shown to anyone: what the exception says may hold what the plugin was given.
             return Check(Verdict.NEUTRAL, detail=f"the check itself failed: {type(exc).__name__}")
+
+    async def scale(self, backend: Backend, workers: Workers, seconds: float) -> str | None:
+        """Tell the backend's provider how many workers to keep; see `contracts.Scales`.
+
+        Returns why it could not be told, for the log; None where it was. The provider can scale.
+        """
+        provider: Any = self._providers[backend.provider]
+        session = self._session(backend, carries=False)
+        try:
+            async with asyncio.timeout(seconds):
+                await provider.scale(backend, workers, session, seconds)
+        except TimeoutError:
+            return f"no answer in {seconds} s"
+        except (aiohttp.ClientError, OSError) as exc:
+            return fault_of(exc)[1]
+        except ValueError as exc:
+            return str(exc)
+        except Exception as exc:  # a plugin's fault must not end the scaling of all others
+            return told(exc)
+        return None
 
     def _session(self, backend: Backend, *, carries: bool) -> aiohttp.ClientSession:
         key = (trust_of(backend), carries)

@@ -21,6 +21,7 @@ from ..contracts import (
     Provider,
     Verdict,
     Warmth,
+    Workers,
     tell_nobody,
 )
 from ..spending.estimates import Estimates
@@ -212,6 +213,10 @@ class Fleet(Roster):
         task = asyncio.create_task(self.check(candidate, _LOOK_TIME), name=f"ask {name}")
         self._asking[name] = task
         task.add_done_callback(lambda _: self._asking.pop(name))
+
+    async def scale(self, backend: Backend, workers: Workers, seconds: float) -> str | None:
+        """See `Control.scale`."""
+        return await self._control.scale(backend, workers, seconds)
 
     async def close(self) -> None:
         """End what is being asked, and close the sessions of the control plane."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..contracts import Backend, Exchange, Headers, Hop, Provider, Reply, Submission, Workers
+from ..contracts import Backend, Exchange, Headers, Hop, Provider, Reply, Submission
 
 if TYPE_CHECKING:
     import aiohttp
@@ -30,9 +30,6 @@ class Hooks(NamedTuple):
     takes: Callable[[Backend, Exchange], bool] | None = None
     wakes: Callable[[Backend], bool] | None = None
     scales: bool | None = None
-    scale: Callable[[Backend, Workers, aiohttp.ClientSession], Coroutine[Any, Any, None]] | None = (
-        None
-    )
     session: SessionOf = _no_session  # for `carry`
 
     @classmethod

@@ -24,6 +24,8 @@ MAX_LISTENERS = 32  # each costs every exchange a little
 
 # Of every other event: info. A warning is for a human who may act, an error for one who should.
 LEVELS = {
+    "autoscale.failed": "warning",
+    "autoscale.stopped": "error",
     "backend.ejected": "warning",
     "carry.failed": "error",
     "check.failed": "warning",

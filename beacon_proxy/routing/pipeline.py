@@ -65,6 +65,10 @@ class Pipeline:
         self._chooser = Chooser(fleet, chain, self._queue)
         self._expected_usd = fleet.estimates.usd
 
+    def waiting(self, name: str) -> int:
+        """How many exchanges wait for room that this backend would do for."""
+        return self._queue.waiting(name)
+
     async def run(self, exchange: Exchange, source: Source, client: Client, run: Run) -> None:
         """Answer one exchange.
 

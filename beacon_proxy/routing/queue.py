@@ -49,6 +49,10 @@ class Queue:
     def full(self) -> bool:
         return len(self._places) >= self.limits.size
 
+    def waiting(self, name: str) -> int:
+        """How many wait that this backend would do for."""
+        return self._wanted.get(name, 0)
+
     def promised(self, name: str, place: Place | None) -> bool:
         """Whether a free slot of this backend belongs to another than `place` (None: a newcomer).
 

@@ -52,6 +52,7 @@ from beacon_proxy.contracts import (
     Prompt,
     Reading,
     Verdict,
+    Workers,
 )
 from beacon_proxy.errors import ConfigError
 from beacon_proxy.regions import canonical_region
@@ -60,6 +61,7 @@ from ..checking import LOOK, bounded, judge_server, listed_models, plain
 from ..openai import CHAT, join_target, setting, url_problem
 from ..reading import ask_chat, read_answer
 from .stats import check_stats, stats_problem
+from .workers import set_containers
 
 if TYPE_CHECKING:
     import aiohttp
@@ -257,6 +259,15 @@ class Modal:
 
     def problem(self, backend: Backend) -> str | None:
         return stats_problem(backend.control_url) if backend.control_url else None
+
+    def scalable(self, backend: Backend) -> str | None:
+        needed = "control_url: must be modal://APP/FUNCTION to scale it"
+        return None if backend.control_url else needed
+
+    async def scale(
+        self, backend: Backend, workers: Workers, session: aiohttp.ClientSession, seconds: float
+    ) -> None:
+        await set_containers(backend.control_url, workers, seconds)
 
     def ask(self, backend: Backend, prompt: Prompt) -> Call:
         return ask_chat(self.target(backend, CHAT), prompt)

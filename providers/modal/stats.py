@@ -32,14 +32,14 @@ class _Named(NamedTuple):
     environment: str | None
 
 
-def _named(control_url: str) -> _Named | None:
+def named(control_url: str) -> _Named | None:
     found = _URL.fullmatch(control_url)
     return _Named(*found.group("app", "function", "environment")) if found else None
 
 
 def stats_problem(control_url: str) -> str | None:
     """Why a function's statistics cannot be asked for; see `Provider.problem`."""
-    if _named(control_url) is None:
+    if named(control_url) is None:
         return "control_url: must be modal://APP/FUNCTION or modal://APP/FUNCTION?environment=NAME"
     if find_spec("modal") is None:
         return "control_url: needs the package modal: pip install 'beacon-proxy[modal]'"
@@ -52,14 +52,14 @@ async def check_stats(control_url: str, seconds: float) -> Check:
     Trouble of the control plane is no trouble of the function, but that there is no such function
     is a strike.
     """
-    named = _named(control_url)
-    assert named is not None, "the configuration was not checked"
+    where = named(control_url)
+    assert where is not None, "the configuration was not checked"
     try:
         async with asyncio.timeout(seconds):
-            modal = await asyncio.wrap_future(_imported())
+            modal = await asyncio.wrap_future(imported())
             # Looked up each time: a function that is deployed anew may be another one.
             function = modal.Function.from_name(
-                named.app, named.function, environment_name=named.environment
+                where.app, where.function, environment_name=where.environment
             )
             return _by_stats(await function.get_current_stats.aio())
     except TimeoutError:
@@ -72,7 +72,7 @@ async def check_stats(control_url: str, seconds: float) -> Check:
 _importing: Future[ModuleType] | None = None
 
 
-def _imported() -> Future[ModuleType]:
+def imported() -> Future[ModuleType]:
     """The package, or its import, which goes on when whoever asked for it has given up."""
     global _importing
     if _importing is None or (_importing.done() and _importing.exception() is not None):
@@ -103,11 +103,15 @@ def _by_stats(stats: Any) -> Check:
 
 
 def _by_error(name: str) -> Check:
+    verdict = Verdict.STRIKE if name == "NotFoundError" else Verdict.NEUTRAL
+    fault = {"NotFoundError": Fault.GONE, "AuthError": Fault.UNAUTHORIZED}.get(name, Fault.RESET)
+    return Check(verdict, fault=fault, detail=reason_of(name))
+
+
+def reason_of(name: str) -> str:
     """By the error's class alone: its words may name what no log should."""
     if name == "NotFoundError":
-        detail = "Modal knows no such app or function"
-        return Check(Verdict.STRIKE, fault=Fault.GONE, detail=detail)
+        return "Modal knows no such app or function"
     if name == "AuthError":
-        detail = "Modal refuses the token, or there is none: MODAL_TOKEN_ID and MODAL_TOKEN_SECRET"
-        return Check(Verdict.NEUTRAL, fault=Fault.UNAUTHORIZED, detail=detail)
-    return Check(Verdict.NEUTRAL, fault=Fault.RESET, detail=f"Modal's control plane: {name}")
+        return "Modal refuses the token, or there is none: MODAL_TOKEN_ID and MODAL_TOKEN_SECRET"
+    return f"Modal's control plane: {name}"

@@ -33,6 +33,7 @@ from beacon_proxy.contracts import (
     Reading,
     Reply,
     Submission,
+    Workers,
 )
 from beacon_proxy.errors import ConfigError
 from beacon_proxy.regions import canonical_region
@@ -42,6 +43,7 @@ from ..openai import CHAT, join_target, setting, url_problem
 from ..reading import ask_chat, load, read_answer
 from .health import NOT_FOUND, is_queue, read_health
 from .queue import Queue
+from .workers import problem_of, set_workers
 
 if TYPE_CHECKING:
     import aiohttp
@@ -207,6 +209,16 @@ class RunPod:
         headers["Content-Type"] = "application/json"
         url = backend.origin + _job_path(backend)
         await self._queue.carry(url, headers, backend, submission, reply, session)
+
+    # -- its workers -----------------------------------------------------------------------------
+
+    def scalable(self, backend: Backend) -> str | None:
+        return problem_of(backend)
+
+    async def scale(
+        self, backend: Backend, workers: Workers, session: aiohttp.ClientSession, seconds: float
+    ) -> None:
+        await set_workers(backend, workers, session, seconds)
 
     # -- the translated route --------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""How many workers a provider should keep, told to it where `autoscale` says so."""
