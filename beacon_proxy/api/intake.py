@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from hashlib import sha256
 from math import inf, isfinite
 from typing import Any
 
@@ -26,6 +27,7 @@ _SESSION_LENGTHS = frozenset(map(len, _SESSION_FIELDS))
 _SESSIONS = ("prompt_cache_key", "session_id", "user")
 _READ = ("model", "stream", *_SESSIONS, "metadata")
 _SESSION_LONGEST = 1024  # characters; a longer one is no name
+_TENANT_DIGITS = 16
 _BOOLS = {b"true": True, b"false": False}
 
 
@@ -137,6 +139,16 @@ def session_of(headers: Headers) -> str | None:
             if found is not None and (said is None or name.lower() == _SESSION_FIELDS[0]):
                 said = found
     return said
+
+
+def tenant_of(headers: Headers, name: bytes) -> str | None:
+    """Who asks, where a field of this lower-case name says it; hashed, for it may be a key.
+
+    `printf %s TENANT | sha256sum | cut -c1-16` gives the same. A field that comes several times is
+    one with all the values (RFC 9110 5.3), so that no second one hides behind the first.
+    """
+    said = b", ".join([text for field, text in headers if field.lower() == name]).strip()
+    return sha256(said).hexdigest()[:_TENANT_DIGITS] if said else None
 
 
 def _session_in(document: Mapping[str, Any]) -> str | None:

@@ -27,7 +27,16 @@ from ..wire.relay import ClientSink
 from ..wire.request import Verbatim
 from ..wire.upload import BodyLimits, ClientGone, Upload
 from .cors import Cors
-from .intake import is_json, look, path_of, read_hints, read_target, route_of, session_of
+from .intake import (
+    is_json,
+    look,
+    path_of,
+    read_hints,
+    read_target,
+    route_of,
+    session_of,
+    tenant_of,
+)
 from .naming import answered_by
 from .own import OwnRoute, OwnRoutes
 from .protocol import ClientConnection, Request, Tunnel
@@ -102,6 +111,7 @@ class Api:
         state: State,
         clock: Clock,
         loop: asyncio.AbstractEventLoop,
+        tenant_header: str | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._telemetry = telemetry
@@ -112,6 +122,7 @@ class Api:
         self._crosses = bool(cors)
         self._state = state
         self._clock = clock
+        self._tenant_header = None if tenant_header is None else tenant_header.lower().encode()
         self._own_routes = OwnRoutes(self._answer_own, loop)
 
     def begin(
@@ -172,6 +183,8 @@ class Api:
             connection.peer,
             dialect_of(path),
         )
+        if self._tenant_header is not None:
+            exchange.tenant = tenant_of(request.headers, self._tenant_header)
         keep_alive = request.keep_alive and not self._state.draining
         sink = ClientSink(connection, transport, method, request.http11, keep_alive)
         run = Run()

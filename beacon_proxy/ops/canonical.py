@@ -20,13 +20,14 @@ from .lines import Line
 _FIELDS = (
     *("ts", "level", "event", "id", "end", "method", "path", "dialect", "model", "status"),
     *("reason", "backend", "provider", "region", "attempts", "cost_usd", "client"),
-    *("trace_id", "tokens_in", "tokens_out"),
+    *("tenant", "trace_id", "tokens_in", "tokens_out"),
     *("ttft_s", "duration_s", "queued_s", "bytes_in", "bytes_out"),
 )
 
 
-def _form(traced: bool, counted: bool) -> Line:
-    absent = set() if traced else {"trace_id"}
+def _form(tenants: bool, traced: bool, counted: bool) -> Line:
+    absent = set() if tenants else {"tenant"}
+    absent |= set() if traced else {"trace_id"}
     absent |= set() if counted else {"tokens_in", "tokens_out"}
     form = dict.fromkeys(name for name in _FIELDS if name not in absent)
     return {**form, "level": "info", "event": "exchange.done"}
@@ -35,11 +36,14 @@ def _form(traced: bool, counted: bool) -> Line:
 class Canonical:
     """Fills in the canonical line."""
 
-    __slots__ = ("_bare", "_counted", "_traced", "_traced_counted")
+    __slots__ = ("_bare", "_counted", "_tenants", "_traced", "_traced_counted")
 
-    def __init__(self) -> None:
-        self._bare, self._counted = _form(False, False), _form(False, True)
-        self._traced, self._traced_counted = _form(True, False), _form(True, True)
+    def __init__(self, *, tenants: bool = False) -> None:
+        """`tenants`: it is known how an exchange says whose it is."""
+        self._tenants = tenants
+        self._bare, self._counted = _form(tenants, False, False), _form(tenants, False, True)
+        self._traced = _form(tenants, True, False)
+        self._traced_counted = _form(tenants, True, True)
 
     def line(
         self,
@@ -109,6 +113,8 @@ class Canonical:
         line["attempts"] = tried
         line["cost_usd"] = (cost * 1e9 + 0.5) // 1 / 1e9
         line["client"] = exchange.client
+        if self._tenants:
+            line["tenant"] = exchange.tenant
         if trace_id is not None:
             line["trace_id"] = trace_id if len(trace_id) <= 128 else trace_id[:128]
         if counted:

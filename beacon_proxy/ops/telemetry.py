@@ -27,6 +27,7 @@ LEVELS = {
     "autoscale.failed": "warning",
     "autoscale.stopped": "error",
     "backend.ejected": "warning",
+    "budget.exhausted": "warning",
     "carry.failed": "error",
     "check.failed": "warning",
     "config.ignored": "warning",
@@ -70,17 +71,19 @@ class Telemetry:
         *,
         region: str,
         access_log: bool,
+        tenants: bool = False,
         log: Any = None,
         clock: Clock = time.monotonic,
         unix: Clock = time.time,
     ) -> None:
+        """`tenants`: the canonical line says whose an exchange was."""
         self.region, self.clock, self.unix = region, clock, unix
         self.metrics = Metrics(region, clock)
         self._writer = LineWriter() if log is None else None
         lines = None if self._writer is None else JsonLines(self._writer, unix)
         self.log = log if lines is None else lines.logger
         self._write = through(log) if lines is None else lines.write
-        self._canonical = Canonical()
+        self._canonical = Canonical(tenants=tenants)
         self.windows = Windows(clock)
         self._access_log = access_log
         self._listeners: list[Listener] = []
