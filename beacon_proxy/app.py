@@ -27,6 +27,7 @@ from .plugins import Plugins, build_middleware, build_provider
 from .routing.attempt import Wire
 from .routing.chain import Chain
 from .routing.pipeline import Pipeline
+from .spending.budgets import Budgets
 from .wire.carried import Carriers
 from .wire.pool import Pool
 from .wire.upload import BodyLimits, Kept
@@ -46,7 +47,7 @@ class App:
         port: the port it listens on, once started.
         draining: it takes no new connections and waits for open exchanges.
         cutting: it has waited long enough and ends those that are left.
-        fleet, telemetry, pipeline: its parts, once started.
+        fleet, telemetry, budgets, pipeline: its parts, the last once started.
     """
 
     def __init__(
@@ -73,7 +74,10 @@ class App:
         self.started_unix = time.time()
         self.backends = resolve_backends(settings, plugins)
         self.telemetry = Telemetry(
-            region=settings.server.region, access_log=settings.server.access_log, log=log
+            region=settings.server.region,
+            access_log=settings.server.access_log,
+            tenants=settings.limits.tenant_header is not None,
+            log=log,
         )
         self._carriers = Carriers(self.telemetry.notify)
         self.fleet = Fleet(
@@ -83,6 +87,13 @@ class App:
             version=__version__,
         )
         self.fleet.on_forgotten = self.telemetry.forget
+        self.budgets = Budgets(
+            settings.budgets,
+            self.fleet.estimates.usd,
+            max_price=settings.limits.max_price_per_request,
+            clock=self.fleet.now,
+            notify=self.telemetry.notify,
+        )
         self._refresher = self._discovery() if settings.discovery else None
         self.pipeline: Pipeline
 
@@ -97,10 +108,12 @@ class App:
         self._wheel = Wheel(loop)
         self._pool = Pool(loop, self._wheel)
         self._pool.keeps, self.fleet.on_left = self.fleet.keeps, self._pool.forget
-        chain = Chain.of(self._middlewares())
+        # Last of all: who finds no room on a backend must not hold money for it.
+        budgets = [self.budgets] if self._settings.budgets else []
+        chain = Chain.of([*self._middlewares(), *budgets])
         self.telemetry.sources = chain.gauges
         wire = Wire(loop, self._wheel, self._pool, self._carriers)
-        self.pipeline = Pipeline(self.fleet, chain, wire, self.telemetry)
+        self.pipeline = Pipeline(self.fleet, chain, wire, self.telemetry, self.budgets)
         self._http = ClientServer(
             self._api(loop), loop, self._wheel, head_timeout=self._head_timeout
         )
@@ -201,6 +214,7 @@ class App:
             self,
             time.monotonic,
             loop,
+            settings.limits.tenant_header,
         )
 
     def hurry(self) -> None:

@@ -70,6 +70,12 @@ class Limited(ProxyError):
     reason = "rate_limited"
 
 
+class BudgetExceeded(Limited):
+    """No budget that covers a backend has room for what the exchange is expected to cost there."""
+
+    reason = "budget_exceeded"
+
+
 class NoBackend(ProxyError):
     """No backend may take this exchange: none healthy, or none in a required region."""
 

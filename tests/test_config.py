@@ -320,8 +320,6 @@ def test_backend_when_its_url_is_split_keeps_every_part(
     ("more", "path"),
     [
         ("ledger: {path: other.db}", "ledger"),
-        ("budgets: [{name: b, per: day, usd: 1}]", "budgets"),
-        ("limits: {tenant_header: X-Tenant}", "limits"),
         ("alerts: {webhooks: [{url: 'https://h/x'}]}", "alerts"),
     ],
 )

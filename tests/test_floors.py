@@ -36,7 +36,8 @@ FLOORS: dict[str, set[str]] = {
     "discovery": GROUND | {"config"},
     "api": GROUND | {"wire", "plugins", "config", "fleet", "routing", "ops"},
     "app": GROUND
-    | {"wire", "plugins", "config", "fleet", "routing", "ops", "api", "discovery", "scaling"},
+    | {"wire", "plugins", "config", "spending", "fleet", "routing", "ops", "api", "discovery"}
+    | {"scaling"},
     "demo": GROUND | {"plugins", "config", "app"},
     "cli": GROUND | {"plugins", "config", "schema", "app", "demo"},
     "__main__": {"cli"},

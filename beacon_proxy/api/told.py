@@ -6,7 +6,15 @@ from time import time
 from typing import Any
 
 from ..contracts import Backend, Exchange, Fault, Outcome, Verdict
-from ..errors import Limited, ModelNotFound, NoBackend, Overloaded, ProxyError, UpstreamError
+from ..errors import (
+    BudgetExceeded,
+    Limited,
+    ModelNotFound,
+    NoBackend,
+    Overloaded,
+    ProxyError,
+    UpstreamError,
+)
 from .reader import Reader
 
 _CODES: dict[type[ProxyError], str] = {
@@ -14,6 +22,7 @@ _CODES: dict[type[ProxyError], str] = {
     Overloaded: "CAPACITY_EXCEEDED",
     ModelNotFound: "MODEL_NOT_FOUND",
     Limited: "LIMIT_EXCEEDED",
+    BudgetExceeded: "BUDGET_EXCEEDED",
 }
 # What each fault is called, and whether asking again later may help: not where a credential, an
 # app or an address is wrong. A status is only looked at where the fault says nothing better.

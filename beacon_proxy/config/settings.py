@@ -6,6 +6,7 @@ These models are the one source: beacon.schema.json and beacon.example.yaml are 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
@@ -112,16 +113,28 @@ class Settings(Section):
     @property
     def warnings(self) -> list[str]:
         """What is set, and valid, but has no effect, and why; one line a key."""
-        later = ["ledger", "budgets", "limits", "alerts"]
+        later = ["ledger", "alerts"]
         paths = [key for key in later if getattr(self, key) != _default(Settings, key)]
         yet = [f"{path}: accepted, but this version does not act on it yet" for path in paths]
-        return yet + [
+        return [*yet, *self._of_budgets()] + [
             f"backends[{index}].{key}: has no effect without price_model: rented"
             for index, row in enumerate(self.backends)
             if row.price_model != "rented"
             for key in _OF_RENT
             if getattr(row, key) is not None
         ]
+
+    def _of_budgets(self) -> Iterator[str]:
+        """What makes budgets hold less than they seem to."""
+        if self.budgets and not self.ledger.path:
+            yield "budgets: begin anew at each restart, as the ledger is off"
+        if self.limits.tenant_header is None:
+            for index, budget in enumerate(self.budgets):
+                if budget.scope == "tenant":
+                    yield (
+                        f"budgets[{index}].scope: without limits.tenant_header all clients are one"
+                        " tenant"
+                    )
 
 
 _OF_RENT = ("price_per_hour", "price_glm_per_hour", "rented_until")

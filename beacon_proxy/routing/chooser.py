@@ -22,6 +22,7 @@ from ..contracts import (
 from ..errors import Limited, NoBackend, Overloaded, UpstreamError
 from ..fleet.fleet import Fleet
 from ..fleet.hooks import Hooks
+from ..spending.budgets import Budgets
 from .chain import Chain
 from .queue import Place, Queue
 
@@ -50,28 +51,44 @@ class Run:
 class Chooser:
     """Asks the select and admit phases, and keeps the queue."""
 
-    def __init__(self, fleet: Fleet, chain: Chain, queue: Queue) -> None:
+    def __init__(
+        self, fleet: Fleet, chain: Chain, queue: Queue, budgets: Budgets | None = None
+    ) -> None:
+        """Without `budgets` only a client's own price limit holds."""
         self._fleet = fleet
         self._chain = chain
         self._queue = queue
+        self._budgets = budgets or Budgets((), fleet.estimates.usd, clock=fleet.now)
 
     def plan(self, exchange: Exchange, model: str | None, tried: Collection[str]) -> Candidates:
         """Candidates for the next attempt, best first, over the live state of this moment.
 
         Raises:
-            Limited: none is expected to stay within the client's own price limit.
+            Limited: none is expected to stay within every budget and price limit.
         """
         candidates: Candidates = self._fleet.serving(model, tried)
         if self._fleet.choosy:
             candidates = self._fleet.taking(exchange, candidates)
-        if exchange.max_price is not None:
-            limit, model_name = exchange.max_price, exchange.model
-            usd, now = self._fleet.estimates.usd, self._fleet.now()
-            candidates = [c for c in candidates if usd(c.backend, c.live, model_name, now) <= limit]
-            if not candidates and not tried:
-                raise Limited(
-                    "no backend is expected to answer within X-Beacon-Max-Price", retry_after=60.0
-                )
+        if self._budgets.bounded or exchange.max_price is not None:
+            return self._within(exchange, candidates)
+        for select in self._chain.selects:
+            candidates = select(exchange, candidates)
+        return candidates
+
+    def _within(self, exchange: Exchange, candidates: Candidates) -> Candidates:
+        """The plan among those that fit into every budget and limit."""
+        fitting, refused = self._budgets.part(exchange, candidates)
+        plan = self._selected(exchange, fitting)
+        if not plan and refused:
+            # Money is the reason only where one of them would have been asked.
+            wanted = self._selected(exchange, [each.candidate for each in refused])
+            names = {candidate.backend.name for candidate in wanted}
+            missed = [each for each in refused if each.candidate.backend.name in names]
+            if missed:
+                raise self._budgets.limited(exchange, missed)
+        return plan
+
+    def _selected(self, exchange: Exchange, candidates: Candidates) -> Candidates:
         for select in self._chain.selects:
             candidates = select(exchange, candidates)
         return candidates
@@ -172,7 +189,11 @@ class Chooser:
     def warm_elsewhere(self, exchange: Exchange, model: str | None, tried: Collection[str]) -> bool:
         """Whether another candidate has room and need not start first, as far as is known."""
         now = self._fleet.now()
-        for candidate in self.plan(exchange, model, tried):
+        try:
+            plan = self.plan(exchange, model, tried)
+        except Limited:
+            return False
+        for candidate in plan:
             backend, live = candidate.backend, candidate.live
             if candidate.last_resort or live.in_flight >= backend.max_in_flight:
                 continue

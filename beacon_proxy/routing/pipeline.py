@@ -19,8 +19,9 @@ from ..contracts import (
     Verdict,
     canonical_model,
 )
-from ..errors import ModelNotFound, ProxyError, UpstreamError, told
+from ..errors import Limited, ModelNotFound, ProxyError, UpstreamError, told
 from ..fleet.fleet import Fleet
+from ..spending.budgets import Budgets
 from ..wire.answer import Answer
 from ..wire.request import Source
 from .attempt import Attempt, Wire
@@ -56,13 +57,20 @@ class Watcher(Protocol):
 class Pipeline:
     """Takes exchanges through the chain to a backend and back."""
 
-    def __init__(self, fleet: Fleet, chain: Chain, wire: Wire, watcher: Watcher) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        chain: Chain,
+        wire: Wire,
+        watcher: Watcher,
+        budgets: Budgets | None = None,
+    ) -> None:
         self.fleet = self._fleet = fleet
         self._chain = chain
         self._wire = wire
         self._watcher = watcher
         self._queue = Queue(chain.queue, watcher.queue_depth)
-        self._chooser = Chooser(fleet, chain, self._queue)
+        self._chooser = Chooser(fleet, chain, self._queue, budgets)
         self._expected_usd = fleet.estimates.usd
 
     def waiting(self, name: str) -> int:
@@ -93,8 +101,9 @@ class Pipeline:
                     choice = await self._chooser.choose(
                         exchange, model, tried, run, patient=patient
                     )
-            except ProxyError:
-                if fallback is None or attempt is None:
+            except ProxyError as exc:
+                # That another attempt would cost too much is no answer to the one that was made.
+                if attempt is None or (fallback is None and not isinstance(exc, Limited)):
                     raise
                 break
             tried = (*tried, choice.candidate.backend.name)
@@ -212,7 +221,10 @@ class Pipeline:
     def _granted(
         self, exchange: Exchange, model: str | None, tried: tuple[str, ...], outcome: Outcome
     ) -> float | None:
-        left = self._chooser.plan(exchange, model, tried)
+        try:
+            left = self._chooser.plan(exchange, model, tried)
+        except Limited:
+            return None
         if not left:
             return None
         exchange.spare = sum(not candidate.last_resort for candidate in left)

@@ -1,0 +1,410 @@
+"""What may be spent: budgets over calendar windows, and the limit of a single request.
+
+An *account* is what a budget counts in: one of the whole budget, or one a tenant. It knows what was
+`spent` in the window that is now, and what is `held` for the attempts that run.
+Rule 1: an attempt is made only if every budget that covers its backend has room for its estimate,
+    which is held from then on. Look and hold are one synchronous step: no two take the same room.
+Rule 2: an attempt that runs on beyond its estimate holds what it has cost so far. That is worked
+    out anew by who asks for room, once a second at most.
+Rule 3: when it ends, what it held is given back and what it cost is spent, in one synchronous step,
+    all of it in the window that is then. Before a window is new, it holds what still runs.
+Rule 4: what costs nothing fits, even where all is spent.
+Rule 5: nothing that runs is cut.
+So `spent + held` passes a budget only by what attempts cost beyond what was held for them when the
+last one was let in: by no more than one estimate each where none costs over twice its estimate.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from math import inf
+from typing import NamedTuple, Protocol
+
+from ..contracts import (
+    NO_SLOT,
+    Backend,
+    Candidate,
+    Candidates,
+    Clock,
+    Exchange,
+    Gauge,
+    Live,
+    Notify,
+    Outcome,
+    Permit,
+    tell_nobody,
+)
+from ..errors import BudgetExceeded, Limited
+
+_LENGTHS = {"minute": 60.0, "hour": 3600.0, "day": 86_400.0}  # s
+_LOOK_PAUSE = 1.0  # s between two looks at what runs
+_TENANTS = 10_000  # that have an account of their own, a budget; clients make them up
+_OTHERS = "*"  # the account of all further ones; no tenant is called so
+_HAIR = 1e-12  # USD that a sum of floats may be off by
+_SOON = 5.0  # s, to who finds no room only for what runs
+_UNCHANGING = 60.0  # s, to who asks for less than anybody is expected to cost
+
+Expected = Callable[[Backend, Live, str | None, float], float]  # `Estimates.usd`
+
+
+class Terms(Protocol):
+    """A budget as configured."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def scope(self) -> str:
+        """`all`, `tenant`, or `pool:`, `provider:`, `backend:` or `region:` and a name."""
+        ...
+
+    @property
+    def per(self) -> str:
+        """`minute`, `hour`, `day` or `month`."""
+        ...
+
+    @property
+    def usd(self) -> float: ...
+
+
+class Past(Protocol):
+    """What was spent before this process began, summed up in any way that keeps these apart."""
+
+    @property
+    def pool(self) -> str: ...
+
+    @property
+    def provider(self) -> str: ...
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def region(self) -> str: ...
+
+    @property
+    def tenant(self) -> str | None: ...
+
+    @property
+    def usd(self) -> float: ...
+
+
+def window(per: str, unix: float) -> tuple[float, float]:
+    """The calendar window in UTC that `unix` (s) lies in: its start and its end, unix s."""
+    if per == "month":
+        start = datetime.fromtimestamp(unix, UTC).replace(
+            day=1, hour=0, minute=0, second=0, microsecond=0
+        )
+        end = (start + timedelta(days=32)).replace(day=1)
+        return start.timestamp(), end.timestamp()
+    length = _LENGTHS[per]
+    begun = unix // length * length
+    return begun, begun + length
+
+
+class _Account:
+    """USD spent in a window and held for what runs."""
+
+    __slots__ = ("held", "refuses", "running", "spent")
+
+    def __init__(self) -> None:
+        self.spent = self.held = 0.0
+        self.running = 0  # attempts that hold some of it
+        self.refuses = False  # somebody was turned away, and nobody was let in since
+
+    def give_back(self, usd: float) -> None:
+        self.running -= 1
+        self.held = self.held - usd if self.running else 0.0  # a sum of floats must not drift
+
+
+_UNTOUCHED = _Account()
+
+
+class _Budget:
+    """One budget and its accounts, in the window that is now.
+
+    Attributes:
+        begun, ends: of the window, unix s.
+        told: somebody was turned away in it.
+    """
+
+    def __init__(self, terms: Terms, unix: float) -> None:
+        self.name, self.scope, self.per, self.usd = terms.name, terms.scope, terms.per, terms.usd
+        self._kind, _, self._of = terms.scope.partition(":")
+        self.each_tenant = self._kind == "tenant"
+        # The field of a backend that it goes by; "": any backend.
+        self._field = "name" if self._kind == "backend" else self._kind if self._of else ""
+        self._accounts: dict[str, _Account] = {}
+        self.begun, self.ends = window(self.per, unix)
+        self.told = False
+
+    def covers(self, backend: Backend) -> bool:
+        return not self._field or getattr(backend, self._field) == self._of
+
+    def covers_past(self, past: Past) -> bool:
+        return not self._field or getattr(past, self._kind) == self._of
+
+    def roll(self, unix: float) -> None:
+        """Begin anew if the window is over. A clock that is set back a little begins nothing."""
+        if 2 * self.begun - self.ends <= unix < self.ends:
+            return
+        self.begun, self.ends = window(self.per, unix)
+        self.told = False
+        self._accounts = {key: each for key, each in self._accounts.items() if each.running}
+        for account in self._accounts.values():
+            account.spent, account.refuses = 0.0, False
+
+    def _key(self, tenant: str | None) -> str:
+        key = (tenant or "") if self.each_tenant else ""
+        return _OTHERS if len(self._accounts) >= _TENANTS and key not in self._accounts else key
+
+    def look(self, tenant: str | None) -> _Account:
+        """The account as it stands, to be read only."""
+        return self._accounts.get(self._key(tenant), _UNTOUCHED)
+
+    def account(self, tenant: str | None) -> _Account:
+        return self._accounts.setdefault(self._key(tenant), _Account())
+
+    def fullest(self) -> _Account:
+        """The account of which most is used; to be read only."""
+        each = self._accounts.values()
+        return max(each, key=lambda account: account.spent + account.held, default=_UNTOUCHED)
+
+    def wait(self, tenant: str | None, usd: float, unix: float) -> float:
+        """Seconds until there may be room for `usd`."""
+        left = self.ends - unix
+        # Where it is only for what runs, that ends before the window does, as a rule.
+        return left if self.look(tenant).spent + usd > self.usd + _HAIR else min(left, _SOON)
+
+
+class _Hold:
+    """What one running attempt holds; a second release changes nothing."""
+
+    __slots__ = ("_key", "_running", "accounts", "number", "price", "started", "usd")
+
+    def __init__(
+        self, running: dict[int, _Hold], exchange: Exchange, accounts: tuple[_Account, ...]
+    ) -> None:
+        self.accounts = accounts
+        self.number = len(exchange.attempts)  # its place among them, once it has ended
+        self.usd = self.price = self.started = 0.0
+        self._running, self._key = running, id(exchange)
+        running[self._key] = self
+
+    def take(self, usd: float, price: float, now: float) -> None:
+        """Hold the estimate of an attempt that begins now (monotonic s), at `price` a second."""
+        self.usd, self.price, self.started = usd, price, now
+        for account in self.accounts:
+            account.held += usd
+            account.running += 1
+            account.refuses = False
+
+    def look(self, now: float) -> None:
+        """Hold what it has cost so far, where that is more."""
+        more = (now - self.started) * self.price - self.usd
+        if more > 0:
+            self.usd += more
+            for account in self.accounts:
+                account.held += more
+
+    def release(self) -> None:
+        accounts, self.accounts = self.accounts, ()
+        if accounts:
+            del self._running[self._key]
+        for account in accounts:
+            account.give_back(self.usd)
+
+
+class Refused(NamedTuple):
+    """A candidate that would cost too much."""
+
+    candidate: Candidate
+    usd: float  # that it is expected to cost
+    budgets: tuple[_Budget, ...]  # that have no room for it; (): more than one request may cost
+
+
+class Budgets:
+    """Keeps what is spent within the budgets, and each request within its limit.
+
+    Attributes:
+        bounded: there is a budget or a limit that holds for every exchange.
+    """
+
+    def __init__(
+        self,
+        terms: Iterable[Terms],
+        expected: Expected,
+        *,
+        max_price: float | None = None,
+        clock: Clock = time.monotonic,
+        unix: Clock = time.time,
+        notify: Notify = tell_nobody,
+        look_pause: float = _LOOK_PAUSE,
+    ) -> None:
+        """`max_price` is what one request may cost, USD; `look_pause`: see rule 2, s."""
+        now = unix()
+        self._budgets = tuple(_Budget(each, now) for each in terms)
+        self._expected = expected
+        self._max_price = max_price
+        self._clock, self._unix, self._notify = clock, unix, notify
+        self._look_pause, self._looked = look_pause, -inf
+        self.bounded = bool(self._budgets) or max_price is not None
+        self._running: dict[int, _Hold] = {}  # by the id() of the exchange
+        self._planned: dict[str, float] = {}  # USD by backend, of the last plan
+
+    # -- before an attempt -----------------------------------------------------------------------
+
+    def part(
+        self, exchange: Exchange, candidates: Candidates
+    ) -> tuple[list[Candidate], list[Refused]]:
+        """Tell those that fit into every limit from those that do not; either in its order."""
+        model, now = exchange.model, self._clock()
+        most, rooms = self._most(exchange), self._rooms(exchange, now)
+        expected = self._expected
+        planned = self._planned = {}
+        fitting: list[Candidate] = []
+        refused: list[Refused] = []
+        for candidate in candidates:
+            backend = candidate.backend
+            usd = planned[backend.name] = expected(backend, candidate.live, model, now)
+            full = tuple([b for b, room in rooms if usd > room and b.covers(backend)])
+            if usd > most:
+                refused.append(Refused(candidate, usd, ()))
+            elif full:
+                refused.append(Refused(candidate, usd, full))
+            else:
+                fitting.append(candidate)
+        return fitting, refused
+
+    def _most(self, exchange: Exchange) -> float:
+        """USD that the next attempt of an exchange may cost."""
+        limits = [each for each in (exchange.max_price, self._max_price) if each is not None]
+        if not limits:
+            return inf
+        return max(min(limits) - sum([each.usd for each in exchange.attempts]), 0.0) + _HAIR
+
+    def _rooms(self, exchange: Exchange, now: float) -> list[tuple[_Budget, float]]:
+        """USD that each budget has left for the next attempt of an exchange."""
+        self._look(now)
+        unix, tenant = self._unix(), exchange.tenant
+        own, ended = self._running.get(id(exchange)), exchange.attempts
+        rooms = []
+        for budget in self._budgets:
+            budget.roll(unix)
+            account = budget.look(tenant)
+            room = budget.usd - account.spent - account.held
+            # Whether to try again is asked when an attempt has ended, but still holds its estimate.
+            if own is not None and own.number < len(ended) and account in own.accounts:
+                room += own.usd - ended[own.number].usd
+            rooms.append((budget, max(room, 0.0) + _HAIR))
+        return rooms
+
+    def _look(self, now: float) -> None:
+        """See rule 2."""
+        if now - self._looked >= self._look_pause:
+            self._looked = now
+            for hold in self._running.values():
+                hold.look(now)
+
+    def limited(self, exchange: Exchange, refused: Iterable[Refused]) -> Limited:
+        """What to tell a client of which every candidate would cost too much; there are some."""
+        tenant, unix = exchange.tenant, self._unix()
+        by_budget = [each for each in refused if each.budgets]
+        if not by_budget:
+            return self._too_dear(exchange)
+        for budget in dict.fromkeys(b for each in by_budget for b in each.budgets):
+            self._note_refusal(budget, tenant, unix)
+        # A candidate waits for the last of its budgets, the client for the first candidate.
+        wait, name = min(
+            max((budget.wait(tenant, each.usd, unix), budget.name) for budget in each.budgets)
+            for each in by_budget
+        )
+        return BudgetExceeded(f"the budget {name!r} has no room for this request", retry_after=wait)
+
+    def _too_dear(self, exchange: Exchange) -> Limited:
+        own, limit = exchange.max_price, self._max_price
+        named = own is not None and (limit is None or own <= limit)
+        what = "X-Beacon-Max-Price" if named else "limits.max_price_per_request"
+        return Limited(f"no backend is expected to answer within {what}", retry_after=_UNCHANGING)
+
+    def _note_refusal(self, budget: _Budget, tenant: str | None, unix: float) -> None:
+        account = budget.account(tenant)
+        account.refuses = True
+        if budget.told:
+            return
+        budget.told = True
+        self._notify(
+            "budget.exhausted",
+            budget=budget.name,
+            scope=budget.scope,
+            per=budget.per,
+            usd=budget.usd,
+            spent_usd=round(account.spent, 9),
+            reserved_usd=round(account.held, 9),
+            begins_anew_s=round(budget.ends - unix, 3),
+            **({"tenant": tenant} if budget.each_tenant else {}),
+        )
+
+    # -- phases of the chain ---------------------------------------------------------------------
+
+    def admit(self, exchange: Exchange, backend: Backend) -> Permit:
+        """Hold the estimate; the plan has seen that there is room, in this same step."""
+        usd, price = self._planned[backend.name], backend.price_per_second
+        covering = [budget for budget in self._budgets if budget.covers(backend)]
+        if not covering or not (usd or price):
+            return NO_SLOT
+        accounts = tuple([budget.account(exchange.tenant) for budget in covering])
+        hold = _Hold(self._running, exchange, accounts)
+        hold.take(usd, price, self._clock())
+        return hold
+
+    def observe(self, exchange: Exchange, outcome: Outcome) -> None:
+        usd = outcome.usd
+        if not usd:
+            return
+        unix = self._unix()
+        for budget in self._budgets:
+            if budget.covers(outcome.backend):
+                budget.roll(unix)
+                budget.account(exchange.tenant).spent += usd
+
+    def gauges(self) -> Iterator[Gauge]:
+        """Of a budget for each tenant: that of the tenant who has used most."""
+        self._look(self._clock())
+        unix = self._unix()
+        for budget in self._budgets:
+            budget.roll(unix)
+            account, limit = budget.fullest(), budget.usd
+            used = account.spent + account.held
+            ratio = used / limit if limit else float(used > 0)
+            label = (("budget", budget.name),)
+            yield Gauge("budget_usd", "What may be spent in a window.", limit, label)
+            yield Gauge("budget_spent_usd", "Spent in this window.", account.spent, label)
+            yield Gauge("budget_reserved_usd", "Held for what runs now.", account.held, label)
+            yield Gauge(
+                "budget_used_ratio",
+                "Spent and held, of what may be spent; at least 1 while it turns requests away.",
+                max(ratio, 1.0) if account.refuses else ratio,
+                label,
+            )
+
+    # -- over a restart --------------------------------------------------------------------------
+
+    def windows(self) -> list[float]:
+        """When the windows that are now began: unix s, each once."""
+        unix = self._unix()
+        for budget in self._budgets:
+            budget.roll(unix)
+        return sorted({budget.begun for budget in self._budgets})
+
+    def restore(self, since_unix: float, spent: Iterable[Past]) -> None:
+        """Count what was spent since one of `windows`, before this process spends anything."""
+        unix, rows = self._unix(), list(spent)
+        for budget in self._budgets:
+            budget.roll(unix)
+            if budget.begun == since_unix:  # else it is over by now
+                for past in rows:
+                    if budget.covers_past(past):
+                        budget.account(past.tenant).spent += past.usd
