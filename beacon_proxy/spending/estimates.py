@@ -1,6 +1,7 @@
 """What an attempt is expected to cost before it is made: by what this backend and model did so far.
 
-Rule 1: the nearest past counts: of this backend and model; else of this backend; else of all.
+Rule 1: the nearest past counts: of this backend and model; else of this backend; else of all. What
+    names no model (lists, pages, tunnels) is other work, and says nothing about that of models.
 Rule 2: seconds and tokens are remembered, not money: a price may change, the work does not.
 Rule 3: a cold start is no part of the work. It is added where the backend would have to start.
 """
@@ -29,14 +30,17 @@ class Estimates:
         billed = outcome.billed
         if outcome.cold_start is not None and billed > outcome.cold_start:
             billed -= outcome.cold_start
-        every = self._all
-        if every is _GUESS:
-            every = self._all = Typical(billed, _GUESS.input, _GUESS.output)
         typical.billed += (_WEIGHT if typical.billed else 1.0) * (billed - typical.billed)
-        every.billed += _WEIGHT * (billed - every.billed)
+        learning: tuple[Typical, ...] = (typical,)
+        if model is not None:
+            every = self._all
+            if every is _GUESS:
+                every = self._all = Typical(billed, _GUESS.input, _GUESS.output)
+            every.billed += _WEIGHT * (billed - every.billed)
+            learning = (typical, every)
         usage = outcome.usage
         if usage is not None and outcome.backend.token_price is not None:
-            for each in (typical, every):
+            for each in learning:
                 each.input += (_WEIGHT if each.input else 1.0) * (usage.input - each.input)
                 each.output += (_WEIGHT if each.output else 1.0) * (usage.output - each.output)
 
@@ -53,6 +57,8 @@ class Estimates:
             typical = self._nearest(live)
         price = backend.token_price
         if price is not None:
+            if not (typical.input or typical.output):
+                typical = self._all  # it never said what it took
             return typical.input * price.input + typical.output * price.output
         seconds = typical.billed
         if live.cold_from <= now and live.cold_at(now):
@@ -60,12 +66,13 @@ class Estimates:
         return seconds * backend.price_per_second
 
     def _nearest(self, live: Live) -> Typical:
-        known = tuple(live.typical.values())
+        known = [each for model, each in live.typical.items() if model is not None]
         if not known:
             return self._all
         count = len(known)
+        counted = sum(1 for each in known if each.input or each.output) or 1
         return Typical(
             sum(each.billed for each in known) / count,
-            sum(each.input for each in known) / count,
-            sum(each.output for each in known) / count,
+            sum(each.input for each in known) / counted,
+            sum(each.output for each in known) / counted,
         )

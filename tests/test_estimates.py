@@ -1,0 +1,68 @@
+"""What an attempt is expected to cost: the nearest past counts, and other work says nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from beacon_proxy.contracts import Backend, Live, Outcome, Stage, TokenPrice, Usage, Verdict
+from beacon_proxy.spending.bill import price_of
+from beacon_proxy.spending.estimates import Estimates
+
+PRICE = TokenPrice(input=1e-6, output=2e-6)
+
+
+def fact(name: str = "a", **more: Any) -> Backend:
+    return Backend(name, "openai", "http://h", "http", "h", 80, **more)
+
+
+def note(
+    estimates: Estimates,
+    live: Live,
+    model: str | None,
+    billed: float,
+    usage: Usage | None = None,
+    backend: Backend | None = None,
+) -> None:
+    at = backend or fact(price_per_second=1.0)
+    done = Outcome(at, 1, Verdict.GOOD, Stage.DONE, billed=billed, usage=usage, sent=True)
+    estimates.note(live, model, done)
+
+
+def test_estimate_when_only_other_work_was_seen_does_not_go_by_it() -> None:
+    """A list of models takes milliseconds: a burst behind it was let in at next to nothing."""
+    estimates, live, backend = Estimates(), Live(), fact(price_per_second=1.0)
+    note(estimates, live, None, 0.002)
+    assert estimates.usd(backend, live, "m", 0.0) >= 1.0
+    assert estimates.usd(backend, Live(), "m", 0.0) >= 1.0
+    assert estimates.usd(backend, live, None, 0.0) == pytest.approx(0.002)
+    note(estimates, live, "n", 3.0)
+    assert estimates.usd(backend, live, "m", 0.0) == pytest.approx(3.0)
+
+
+def test_estimate_when_tokens_are_billed_but_none_were_told_is_not_free() -> None:
+    """The first answer without usage made every later one look free of cost."""
+    estimates, live, backend = Estimates(), Live(), fact(token_price=PRICE)
+    first = estimates.usd(backend, live, "m", 0.0)
+    note(estimates, live, "m", 1.0, backend=backend)
+    assert estimates.usd(backend, live, "m", 0.0) == pytest.approx(first)
+    note(estimates, live, "m", 1.0, Usage(10, 100), backend)
+    assert estimates.usd(backend, live, "m", 0.0) == pytest.approx(210e-6)
+    assert estimates.usd(backend, live, "other", 0.0) == pytest.approx(210e-6)
+
+
+def test_estimate_when_some_models_told_no_tokens_is_the_mean_of_those_that_did() -> None:
+    estimates, live, backend = Estimates(), Live(), fact(token_price=PRICE)
+    note(estimates, live, "silent", 1.0, backend=backend)
+    for model, output in (("short", 100), ("long", 300)):
+        note(estimates, live, model, 1.0, Usage(0, output), backend)
+    assert estimates.usd(backend, live, "new", 0.0) == pytest.approx(400e-6)
+
+
+def test_estimate_when_it_is_of_a_known_model_comes_near_to_what_is_paid() -> None:
+    estimates, live = Estimates(), Live()
+    backend = fact(price_per_second=0.5)
+    for _ in range(30):
+        note(estimates, live, "m", 2.0, backend=backend)
+    assert estimates.usd(backend, live, "m", 0.0) == pytest.approx(price_of(backend, 2.0, None))
