@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..contracts import Dialect, End, Exchange, Prompt
-from ..errors import ProxyError
+from ..errors import ProxyError, UpstreamError
 from ..fleet.fleet import Fleet
 from ..regions import canonical_region
 from ..routing.attempt import Attempt
@@ -104,6 +104,8 @@ class Inference:
             await self._pipeline.run(exchange, Translated(exchange), client, run)
         except ProxyError as exc:
             error = exc
+            if not isinstance(exc, UpstreamError):
+                run.reason = exc.reason
         failure = failure_of(exchange, reader, error)
         if run.end is not End.CLIENT_CLOSED:
             run.end = End.COMPLETE if failure is None else End.ERROR
