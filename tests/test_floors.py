@@ -117,10 +117,11 @@ def is_allowed(found: Import) -> bool:
         return _allowed_in_core(found, top)
     if top == "beacon_proxy":
         return part(found.target) in GROUND
+    family = found.importer.split(".")[:2]  # a plugin may have a folder of its own
+    if len(found.importer.split(".")) > 2 and found.target.split(".")[:2] == family:
+        return True
     if importer == "providers":
-        family = found.importer.split(".")[:2]  # a family may have a folder of its own
-        own = len(found.importer.split(".")) > 2 and found.target.split(".")[:2] == family
-        return top in OUTSIDE_OF_PROVIDERS or found.target in SHARED_BY_PROVIDERS or own
+        return top in OUTSIDE_OF_PROVIDERS or found.target in SHARED_BY_PROVIDERS
     return False
 
 
@@ -222,6 +223,8 @@ def test_floors_when_the_core_imports_a_third_party_setup_cfg_declares_it() -> N
         ("middleware.cost", "from beacon_proxy import app"),
         ("middleware.cost", "from .health import Health"),
         ("middleware.cost", "import multidict"),
+        ("middleware.cost.__init__", "from ..health import Health"),
+        ("middleware.cost.__init__", "from providers.openai import OpenAI"),
         ("providers.golem", "from .modal import Modal"),
         ("providers.golem", "from beacon_proxy.wire.headers import HOP_BY_HOP"),
         ("providers.golem", "import orjson"),
@@ -242,6 +245,7 @@ def test_floors_when_an_import_points_up_it_is_named(module: str, line: str) -> 
         ("beacon_proxy.wire.pool", "from ..errors import ProxyError"),
         ("beacon_proxy.cli", "from . import __version__"),
         ("middleware.cost", "from beacon_proxy.contracts import Exchange"),
+        ("middleware.cost.__init__", "from .blend import Blend"),
         ("providers.golem", "from .openai import OpenAI"),
         ("providers.golem", "import aiohttp_retry"),
     ],
@@ -256,7 +260,10 @@ def beside(module: str, line: str) -> dict[str, str]:
         __init__ contracts errors config.__init__ cli app wire.__init__ wire.pool wire.connection
         fleet.fleet ops.__init__ ops.telemetry api.__init__ api.server
     """
-    plugins = "middleware.__init__ middleware.health providers.openai providers.modal"
+    plugins = """
+        middleware.__init__ middleware.health middleware.cost.__init__ middleware.cost.blend
+        providers.openai providers.modal
+    """
     names = [*(f"beacon_proxy.{name}" for name in core.split()), *plugins.split()]
     return {**dict.fromkeys(names, ""), module: line}
 
