@@ -22,6 +22,7 @@ from .api.protocol import HEAD_TIMEOUT, ClientServer
 from .api.server import Api
 from .config import Settings, resolve_backends
 from .fleet.fleet import Fleet
+from .ops.performance import Performance
 from .ops.telemetry import Telemetry
 from .plugins import Plugins, build_middleware, build_provider
 from .routing.attempt import Wire
@@ -108,9 +109,10 @@ class App:
         self._wheel = Wheel(loop)
         self._pool = Pool(loop, self._wheel)
         self._pool.keeps, self.fleet.on_left = self.fleet.keeps, self._pool.forget
+        performance = Performance(self.telemetry.windows, self.telemetry.notify)
         # Last of all: who finds no room on a backend must not hold money for it.
         budgets = [self.budgets] if self._settings.budgets else []
-        chain = Chain.of([*self._middlewares(), *budgets])
+        chain = Chain.of([*self._middlewares(), performance, *budgets])
         self.telemetry.sources = chain.gauges
         wire = Wire(loop, self._wheel, self._pool, self._carriers)
         self.pipeline = Pipeline(self.fleet, chain, wire, self.telemetry, self.budgets)

@@ -40,6 +40,7 @@ LEVELS = {
     "gauges.failed": "error",
     "job.left_behind": "warning",
     "observe.failed": "error",
+    "performance.stopped": "error",
     "probe.failed": "warning",
     "probes.stopped": "error",
     "retry.refused": "warning",
@@ -92,7 +93,7 @@ class Telemetry:
     def attempt(self, exchange: Exchange, outcome: Outcome) -> None:
         """Count an attempt that has ended. Once for each, whatever its end."""
         self.metrics.attempt(outcome)
-        self.windows.add(outcome, exchange.model)
+        self.windows.add(outcome, exchange.model, exchange.stream)
 
     def exchange(
         self,

@@ -17,7 +17,7 @@ from ...contracts import Candidate, End, Provider
 from ...errors import BadRequest, ProxyError
 from ...ops.metrics import healthy
 from ...ops.telemetry import Telemetry
-from ...ops.windows import MINUTES, Key, Totals
+from ...ops.windows import MINUTES, SPANS, Key, Totals
 from ...regions import canonical_region
 from . import models, views
 from .answers import HEADERS, Handler, View, handler, json_answer, prefers_text, problem
@@ -177,7 +177,7 @@ class Admin:
         return json_answer(
             {
                 "region": self._region,
-                "minutes": views.SPANS,
+                "minutes": SPANS,
                 "regions": views.regions(candidates, now, self._telemetry.windows),
                 "timestamp": self._telemetry.unix(),
             }

@@ -5,17 +5,17 @@ Numbers that are not known keep their type: 0.0 s, a success rate of 1.0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from math import inf
 from typing import Any
 
 from ...contracts import Candidate, Candidates, Capacity, Check, Live
 from ...ops.metrics import healthy
-from ...ops.windows import Totals, Windows
+from ...ops.windows import SPANS, Place, Totals, Windows
 from .models import names_of
 
-SPANS = (1, 5, 60)  # minutes
+_PERCENTILES = (50, 95, 99)
 
 
 def usable(live: Live, now: float) -> bool:
@@ -78,22 +78,33 @@ def sums(totals: Totals) -> dict[str, Any]:
         "strikes": totals.strikes,
         "success_rate": None if rate is None else round(rate, 4),
         "seconds": round(totals.seconds, 3),
+        "billed_seconds": round(totals.billed, 3),
         "usd": round(totals.usd, 9),
+        "cost_per_second": _rounded(totals.cost_per_second(), 9),
+        "cost_per_million_tokens": _rounded(totals.cost_per_million_tokens()),
         "tokens_in": totals.tokens_in,
         "tokens_out": totals.tokens_out,
-        "ttft_p50": _rounded(totals.ttft_quantile(0.5)),
-        "ttft_p95": _rounded(totals.ttft_quantile(0.95)),
+        "estimated_share": _rounded(totals.estimated_share(), 4),
+        "tokens_per_second": _rounded(totals.tokens_per_second(), 3),
+        **_quantiles("ttft", totals.ttft_quantile),
+        **_quantiles("duration", totals.duration_quantile),
+        "cold_starts": 0 if totals.starts is None else len(totals.starts),
+        **_quantiles("cold_start", totals.start_quantile),
     }
 
 
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 6)
+def _quantiles(name: str, quantile: Callable[[float], float | None]) -> dict[str, float | None]:
+    return {f"{name}_p{percent}": _rounded(quantile(percent / 100)) for percent in _PERCENTILES}
+
+
+def _rounded(number: float | None, digits: int = 6) -> float | None:
+    return None if number is None else round(number, digits)
 
 
 def regions(candidates: Candidates, now: float, windows: Windows) -> dict[str, Any]:
     """Performance by region and provider: of every region that has a backend or had an attempt."""
-    spans = {n: windows.totals(n, by=lambda key: (key.region, key.provider)) for n in SPANS}
-    pairs = dict.fromkeys((c.backend.region, c.backend.provider) for c in candidates)
+    spans = {n: windows.places(n) for n in SPANS}
+    pairs = dict.fromkeys(Place(c.backend.region, c.backend.provider) for c in candidates)
     for groups in spans.values():
         pairs.update(dict.fromkeys(groups))
     found: dict[str, Any] = {}
@@ -110,15 +121,15 @@ def regions(candidates: Candidates, now: float, windows: Windows) -> dict[str, A
             },
         )
         entry["providers"][kind] = {
-            str(n): sums(spans[n].get((region, kind), Totals())) for n in SPANS
+            str(n): sums(spans[n].get(Place(region, kind), Totals())) for n in SPANS
         }
     return found
 
 
-def _of_region(groups: Mapping[tuple[str, str], Totals], region: str) -> Totals:
+def _of_region(groups: Mapping[Place, Totals], region: str) -> Totals:
     whole = Totals()
-    for (where, _), totals in groups.items():
-        if where == region:
+    for place, totals in groups.items():
+        if place.region == region:
             whole.add(totals)
     return whole
 
