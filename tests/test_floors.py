@@ -29,19 +29,19 @@ FLOORS: dict[str, set[str]] = {
     "config": GROUND | {"plugins"},
     "schema": GROUND | {"plugins", "config"},
     "spending": GROUND,
+    "ledger": GROUND,
+    "scaling": GROUND,
+    "ops": GROUND,
+    "alerts": GROUND,
+    "discovery": GROUND | {"config"},
     "fleet": GROUND | {"wire", "spending"},
     "routing": GROUND | {"wire", "fleet", "spending"},
-    "ops": GROUND,
-    "scaling": GROUND,
-    "discovery": GROUND | {"config"},
-    "api": GROUND | {"wire", "plugins", "config", "fleet", "routing", "ops"},
-    "app": GROUND
-    | {"wire", "plugins", "config", "spending", "fleet", "routing", "ops", "api", "discovery"}
-    | {"scaling"},
+    "api": GROUND | {"wire", "plugins", "config", "fleet", "routing", "ops", "ledger"},
     "demo": GROUND | {"plugins", "config", "app"},
-    "cli": GROUND | {"plugins", "config", "schema", "app", "demo"},
+    "cli": GROUND | {"plugins", "config", "schema", "app", "demo", "ledger", "alerts"},
     "__main__": {"cli"},
 }
+FLOORS["app"] = set(FLOORS) - {"schema", "demo", "cli", "__main__"}  # it puts them all together
 OUTSIDE_OF_GROUND = {"multidict"}
 TYPES_OF_GROUND = OUTSIDE_OF_GROUND | {"aiohttp"}
 OUTSIDE_OF_PROVIDERS = {"multidict", "aiohttp", "aiohttp_retry", "modal"}
@@ -117,11 +117,10 @@ def is_allowed(found: Import) -> bool:
         return _allowed_in_core(found, top)
     if top == "beacon_proxy":
         return part(found.target) in GROUND
-    family = found.importer.split(".")[:2]  # a plugin may have a folder of its own
-    if len(found.importer.split(".")) > 2 and found.target.split(".")[:2] == family:
-        return True
     if importer == "providers":
-        return top in OUTSIDE_OF_PROVIDERS or found.target in SHARED_BY_PROVIDERS
+        family = found.importer.split(".")[:2]  # a family may have a folder of its own
+        own = len(found.importer.split(".")) > 2 and found.target.split(".")[:2] == family
+        return top in OUTSIDE_OF_PROVIDERS or found.target in SHARED_BY_PROVIDERS or own
     return False
 
 
@@ -223,8 +222,6 @@ def test_floors_when_the_core_imports_a_third_party_setup_cfg_declares_it() -> N
         ("middleware.cost", "from beacon_proxy import app"),
         ("middleware.cost", "from .health import Health"),
         ("middleware.cost", "import multidict"),
-        ("middleware.cost.__init__", "from ..health import Health"),
-        ("middleware.cost.__init__", "from providers.openai import OpenAI"),
         ("providers.golem", "from .modal import Modal"),
         ("providers.golem", "from beacon_proxy.wire.headers import HOP_BY_HOP"),
         ("providers.golem", "import orjson"),
@@ -245,7 +242,6 @@ def test_floors_when_an_import_points_up_it_is_named(module: str, line: str) -> 
         ("beacon_proxy.wire.pool", "from ..errors import ProxyError"),
         ("beacon_proxy.cli", "from . import __version__"),
         ("middleware.cost", "from beacon_proxy.contracts import Exchange"),
-        ("middleware.cost.__init__", "from .blend import Blend"),
         ("providers.golem", "from .openai import OpenAI"),
         ("providers.golem", "import aiohttp_retry"),
     ],
@@ -260,10 +256,7 @@ def beside(module: str, line: str) -> dict[str, str]:
         __init__ contracts errors config.__init__ cli app wire.__init__ wire.pool wire.connection
         fleet.fleet ops.__init__ ops.telemetry api.__init__ api.server
     """
-    plugins = """
-        middleware.__init__ middleware.health middleware.cost.__init__ middleware.cost.blend
-        providers.openai providers.modal
-    """
+    plugins = "middleware.__init__ middleware.health providers.openai providers.modal"
     names = [*(f"beacon_proxy.{name}" for name in core.split()), *plugins.split()]
     return {**dict.fromkeys(names, ""), module: line}
 

@@ -1,0 +1,8 @@
+"""The ledger: one row for each attempt, in an SQLite file."""
+
+from __future__ import annotations
+
+from .schema import LedgerError
+from .spent import Spent, spent_since
+
+__all__ = ["LedgerError", "Spent", "spent_since"]

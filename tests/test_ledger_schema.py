@@ -1,0 +1,204 @@
+"""The ledger's file: how it is made, brought to a newer shape, refused, and read."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beacon_proxy.ledger import LedgerError, Spent, spent_since
+from beacon_proxy.ledger.reading import reading
+from beacon_proxy.ledger.schema import APPLICATION_ID, STEPS, VERSION, check, prepare
+
+LATER = (*STEPS, ("ALTER TABLE attempts ADD COLUMN carbon_g REAL NOT NULL DEFAULT 0",))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "beacon.db"
+
+
+@pytest.fixture
+def file(path: Path) -> Iterator[sqlite3.Connection]:
+    with closing(connected(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        yield connection
+
+
+def connected(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, isolation_level=None)
+
+
+def insert(connection: sqlite3.Connection, **given: Any) -> None:
+    row: dict[str, Any] = {
+        "ended_unix": 1_700_000_000.0,
+        "exchange_id": "e",
+        "attempt": 1,
+        "backend": "b0",
+        "provider": "golem",
+        "region": "us-east",
+        "pool": "baseline",
+        "path": "/v1/chat/completions",
+        "stream": 0,
+        "verdict": "good",
+        "stage": "done",
+        "duration_s": 1.0,
+        "billed_s": 1.0,
+        "usd": 0.5,
+        "expected_usd": 0.5,
+        **given,
+    }
+    marks = ", ".join("?" * len(row))
+    connection.execute(
+        f"INSERT INTO attempts ({', '.join(row)}) VALUES ({marks})", tuple(row.values())
+    )
+
+
+def value(connection: sqlite3.Connection, query: str) -> Any:
+    return connection.execute(query).fetchone()[0]
+
+
+def test_prepare_when_the_file_is_new_makes_the_table_and_marks_it(
+    file: sqlite3.Connection,
+) -> None:
+    prepare(file)
+    check(file)
+    assert value(file, "PRAGMA user_version") == VERSION
+    assert value(file, "PRAGMA application_id") == APPLICATION_ID
+    prepare(file)  # and finds nothing to do
+    assert value(file, "SELECT count(*) FROM attempts") == 0
+
+
+def test_prepare_when_the_file_is_older_takes_the_steps_it_lacks_and_keeps_its_rows(
+    file: sqlite3.Connection,
+) -> None:
+    prepare(file)
+    insert(file, usd=0.25)
+    prepare(file, LATER)
+    assert value(file, "PRAGMA user_version") == VERSION + 1
+    assert file.execute("SELECT usd, carbon_g FROM attempts").fetchall() == [(0.25, 0.0)]
+
+
+def test_prepare_when_a_step_fails_leaves_the_file_as_it_was(file: sqlite3.Connection) -> None:
+    prepare(file)
+    insert(file)
+    with pytest.raises(sqlite3.OperationalError):
+        prepare(file, (*LATER, ("CREATE TABLE more (a)", "CREATE NONSENSE")))
+    assert value(file, "PRAGMA user_version") == VERSION
+    assert value(file, "SELECT count(*) FROM sqlite_master WHERE name = 'more'") == 0
+    check(file)
+    assert value(file, "SELECT count(*) FROM attempts") == 1
+
+
+def test_prepare_when_another_process_was_faster_finds_nothing_to_do(
+    path: Path, file: sqlite3.Connection
+) -> None:
+    """Both saw an empty file; the second one waits for the lock, and must look again."""
+
+    class Slow(sqlite3.Connection):
+        def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
+            if sql == "BEGIN IMMEDIATE":
+                prepare(file)
+            return super().execute(sql, *args)
+
+    with closing(sqlite3.connect(path, isolation_level=None, factory=Slow)) as second:
+        prepare(second)
+        check(second)
+
+
+def test_file_of_a_newer_version_is_left_alone(path: Path, file: sqlite3.Connection) -> None:
+    prepare(file, LATER)
+    insert(file)
+    for refuses in (prepare, check):
+        with pytest.raises(LedgerError, match="knows 1 at most") as caught:
+            refuses(file)
+        assert caught.value.kind == "newer"
+    with pytest.raises(LedgerError, match="knows 1"), reading(path):
+        pass
+    assert value(file, "PRAGMA user_version") == VERSION + 1
+
+
+@pytest.mark.parametrize(
+    "makes",
+    ["CREATE TABLE notes (text)", "PRAGMA user_version = 3", "PRAGMA application_id = 5"],
+)
+def test_file_of_another_program_is_left_alone(file: sqlite3.Connection, makes: str) -> None:
+    file.execute(makes)
+    before = file.execute("SELECT * FROM sqlite_master").fetchall()
+    with pytest.raises(LedgerError, match="another program") as caught:
+        prepare(file)
+    assert caught.value.kind == "foreign"
+    assert file.execute("SELECT * FROM sqlite_master").fetchall() == before
+
+
+def test_reading_when_a_writer_is_in_the_middle_sees_what_was_committed(
+    path: Path, file: sqlite3.Connection
+) -> None:
+    prepare(file)
+    insert(file)
+    file.execute("BEGIN IMMEDIATE")
+    insert(file)
+    with reading(path) as connection:
+        assert value(connection, "SELECT count(*) FROM attempts") == 1
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            connection.execute("DELETE FROM attempts")
+
+
+def test_reading_when_nobody_writes_leaves_nothing_beside_the_file(path: Path) -> None:
+    with closing(connected(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        prepare(connection)
+        insert(connection)
+    assert [each.name for each in path.parent.iterdir()] == ["beacon.db"]
+    with reading(path) as connection:
+        assert value(connection, "SELECT count(*) FROM attempts") == 1
+    assert [each.name for each in path.parent.iterdir()] == ["beacon.db"]
+
+
+def test_reading_when_it_takes_too_long_ends_as_slow(path: Path, file: sqlite3.Connection) -> None:
+    prepare(file)
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
+    with pytest.raises(LedgerError) as caught, reading(path, 0.02) as connection:
+        connection.execute(endless).fetchall()
+    assert caught.value.kind == "slow"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"this is no database, " * 500])
+def test_reading_when_there_is_no_ledger_says_why(path: Path, content: bytes | None) -> None:
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(LedgerError) as caught, reading(path):
+        pass
+    assert caught.value.kind == ("sqlite_notadb" if content else "missing")
+    assert path.exists() is (content is not None)
+
+
+def test_spent_since_adds_up_by_where_it_went_and_who_asked(
+    path: Path, file: sqlite3.Connection
+) -> None:
+    prepare(file)
+    insert(file, ended_unix=99.0)
+    insert(file, ended_unix=100.0, usd=0.25, tenant="t1")
+    insert(file, ended_unix=101.0, usd=0.5, tenant="t1")
+    insert(file, ended_unix=101.0, usd=1.0)
+    insert(file, ended_unix=101.0, usd=2.0, backend="m", provider="modal", pool="burst")
+    assert sorted(spent_since(path, 100.0), key=lambda each: each.usd) == [
+        Spent("baseline", "golem", "b0", "us-east", "t1", 0.75),
+        Spent("baseline", "golem", "b0", "us-east", None, 1.0),
+        Spent("burst", "modal", "m", "us-east", None, 2.0),
+    ]
+
+
+def test_spent_since_when_there_is_no_file_is_nothing_and_makes_none(path: Path) -> None:
+    assert spent_since(path, 0.0) == []
+    assert not path.exists()
+
+
+def test_spent_since_when_the_file_is_none_of_ours_raises(path: Path) -> None:
+    path.write_bytes(b"x" * 4096)
+    with pytest.raises(LedgerError, match="not a database"):
+        spent_since(path, 0.0)
