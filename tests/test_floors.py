@@ -117,10 +117,11 @@ def is_allowed(found: Import) -> bool:
         return _allowed_in_core(found, top)
     if top == "beacon_proxy":
         return part(found.target) in GROUND
+    plugin = found.importer.split(".")[:2]  # it may have a folder of its own
+    if len(found.importer.split(".")) > 2 and found.target.split(".")[:2] == plugin:
+        return True
     if importer == "providers":
-        family = found.importer.split(".")[:2]  # a family may have a folder of its own
-        own = len(found.importer.split(".")) > 2 and found.target.split(".")[:2] == family
-        return top in OUTSIDE_OF_PROVIDERS or found.target in SHARED_BY_PROVIDERS or own
+        return top in OUTSIDE_OF_PROVIDERS or found.target in SHARED_BY_PROVIDERS
     return False
 
 
