@@ -328,6 +328,31 @@ def test_warning_when_a_section_has_no_effect_yet_names_it(more: str, path: str)
     assert lines == [f"{path}: accepted, but this version does not act on it yet"]
 
 
+@pytest.mark.parametrize(
+    ("more", "lines"),
+    [
+        ("budgets: [{name: b, per: day, usd: 1}]\nlimits: {max_price_per_request: 1}", []),
+        (
+            "budgets: [{name: b, per: day, usd: 1}]\nledger: {path: ''}",
+            ["budgets: begin anew at each restart, as the ledger is off"],
+        ),
+        (
+            "budgets: [{name: a, per: day, usd: 1}, {name: b, scope: tenant, per: day, usd: 1}]",
+            ["budgets[1].scope: without limits.tenant_header all clients are one tenant"],
+        ),
+        (
+            "budgets: [{name: b, scope: tenant, per: day, usd: 1}]\nlimits: {tenant_header: X-T}",
+            [],
+        ),
+    ],
+)
+def test_warning_when_a_budget_holds_less_than_it_seems_to_says_why(
+    more: str, lines: list[str]
+) -> None:
+    told = load(f"{ROW}\n{more}").warnings
+    assert [line for line in told if not line.startswith("ledger")] == lines
+
+
 def test_token_price_when_configured_replaces_the_providers_price_per_second() -> None:
     price = "price_per_million_tokens: {input: 0.05, output: 0.2}"
     settings = load(f"backends: [{{name: a, provider: cloud, url: 'http://h', {price}}}]")

@@ -321,7 +321,8 @@ class Budgets:
             max((budget.wait(tenant, each.usd, unix), budget.name) for budget in each.budgets)
             for each in by_budget
         )
-        return BudgetExceeded(f"the budget {name!r} has no room for this request", retry_after=wait)
+        message = f"the budget {name!r} has no room for this request"
+        return BudgetExceeded(message, retry_after=round(wait, 3))
 
     def _too_dear(self, exchange: Exchange) -> Limited:
         own, limit = exchange.max_price, self._max_price
