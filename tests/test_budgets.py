@@ -202,10 +202,22 @@ def test_budget_when_its_window_is_over_begins_anew_and_still_holds_what_runs() 
     scene.pass_by(1)
     assert scene.spent == 0
     across = begun(scene.begin())
+    scene.end(begun(scene.begin()), usd=0.1)
     scene.pass_by(3600)
     assert (scene.spent, scene.held) == (0, 3600)  # it has run on
     scene.end(across)
     assert (scene.spent, scene.held) == (3600, 0)
+
+
+def test_budget_when_an_attempt_outlasts_its_window_counts_in_the_one_it_ends_in() -> None:
+    """Though nobody asked in between; and what was spent before stays behind."""
+    scene = Scene((Terms(per="hour", usd=9.0),))
+    across = begun(scene.begin())
+    scene.end(begun(scene.begin()), usd=0.5)
+    assert scene.spent == 0.5
+    scene.pass_by(3600)
+    scene.end(across, usd=0.75)
+    assert scene.spent == 0.75
 
 
 @pytest.mark.parametrize(("back", "kept"), [(1800.0, True), (3600.0, True), (8 * 3600.0, False)])
@@ -403,6 +415,14 @@ def test_gauges_when_a_budget_is_each_tenants_are_those_of_who_used_most() -> No
     }
 
 
+def test_gauges_when_a_tenant_holds_most_are_its_own_though_it_spent_nothing_yet() -> None:
+    scene = Scene((Terms("each", "tenant"),), seconds=0.75)
+    scene.end(begun(scene.begin(tenant="a")), usd=0.5)
+    begun(scene.begin(tenant="b"))
+    assert scene.gauge("budget_reserved_usd", "each") == 0.75
+    assert scene.gauge("budget_used_ratio", "each") == 0.75
+
+
 # -- tenants -------------------------------------------------------------------------------------
 
 
@@ -501,6 +521,14 @@ def test_hold_when_another_attempt_is_weighed_is_what_the_one_before_really_cost
     assert scene.fits(asked, fact("b")) == ["b"]
     assert scene.fits(scene.exchange(), fact("b")) == []  # but not for others
     asked.attempts[0] = Outcome(first.backend, 1, Verdict.STRIKE, Stage.STREAM, usd=0.1)
+    assert scene.fits(asked, fact("b")) == []
+
+
+def test_hold_when_it_was_of_another_budget_makes_no_room_in_this_one() -> None:
+    scene = Scene((Terms("a", "backend:a"), Terms("b", "backend:b", usd=0.2)))
+    asked = scene.exchange()
+    first = begun(scene.begin(exchange=asked))
+    asked.attempts.append(Outcome(first.backend, 1, Verdict.STRIKE, Stage.CONNECT, usd=0.0))
     assert scene.fits(asked, fact("b")) == []
 
 
