@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -107,26 +110,116 @@ def test_totals_when_nothing_happened_has_no_rate_and_no_quantile() -> None:
     assert found.ttft_quantile(0.5) is None
 
 
+PLACES = [backend("a", "us-east"), backend("b", "us-east"), backend("c", "eu-west")]
+Entry = tuple[float, Backend, float, float]  # s of the clock, where, USD, TTFT
+
+
+def sums_of(log: list[Entry]) -> dict[str, tuple[int, float, float | None, float | None]]:
+    """Attempts, USD and two quantiles by region, from a log kept whole."""
+    found = {}
+    for region in sorted({at.region for _, at, _, _ in log}):
+        rows = [(usd, ttft) for _, at, usd, ttft in log if at.region == region]
+        ranked = sorted(ttft for _, ttft in rows)
+        p50, p95 = (ranked[math.ceil(q * len(ranked)) - 1] for q in (0.5, 0.95))
+        found[region] = (len(rows), pytest.approx(sum(usd for usd, _ in rows)), p50, p95)
+    return found
+
+
 @given(
-    st.lists(st.tuples(st.floats(0, 600), st.floats(0, 100)), max_size=60),
+    st.lists(
+        st.tuples(
+            # s since the last one: seconds, a turn of the minute, hours of suspension
+            st.floats(0, 90) | st.sampled_from([60.0, 3600.0, 3660.0, 86400.0]),
+            st.sampled_from(PLACES),
+            st.floats(0, 100),
+            st.floats(0, 100),
+            st.booleans(),
+        ),
+        max_size=60,
+    ),
     st.sampled_from([1, 5, 60]),
 )
-def test_totals_equal_a_whole_log_over_any_history(
-    history: list[tuple[float, float]], minutes: int
+def test_totals_and_places_equal_a_whole_log_over_any_history(
+    history: list[tuple[float, Backend, float, float, bool]], minutes: int
 ) -> None:
-    """A ring that forgets to clear a minute, or clears one too early, shows here."""
+    """A ring that forgets to clear a minute, clears one too early, or keeps of one what was told
+    before it was over, shows here: it is read between the attempts, too."""
     clock = FakeClock()
     windows = Windows(clock)
-    log: list[tuple[float, float]] = []
-    for pause, usd in history:
+    log: list[Entry] = []
+    for pause, at, usd, ttft, read in history:
         clock.now += pause
-        windows.add(outcome(usd=usd), None)
-        log.append((clock.now, usd))
+        windows.add(outcome(at=at, usd=usd, ttft=ttft, duration=ttft), None)
+        log.append((clock.now, at, usd, ttft))
+        if read:
+            windows.places(minutes)
     since = clock.now // 60 - minutes
-    kept = [usd for at, usd in log if at // 60 >= since]
-    found = total(windows, minutes)
-    assert found.attempts == len(kept)
-    assert found.usd == pytest.approx(sum(kept))
+    expected = sums_of([entry for entry in log if entry[0] // 60 >= since])
+    by_region = windows.totals(minutes, by=lambda key: key.region)
+    for groups in (by_region, {place.region: it for place, it in windows.places(minutes).items()}):
+        assert {
+            region: (it.attempts, it.usd, it.ttft_quantile(0.5), it.ttft_quantile(0.95))
+            for region, it in groups.items()
+        } == expected
+
+
+def test_places_when_a_minute_is_over_count_it_once_however_often_they_are_asked() -> None:
+    clock = FakeClock(6_000.0)
+    windows = Windows(clock)
+    for minute in range(3):
+        clock.now = 6_000.0 + 60 * minute
+        for _ in range(700):  # more than a sketch keeps as they are
+            windows.add(outcome(ttft=0.5, duration=1.0), "m")
+        for _ in range(3):
+            (found,) = windows.places(5).values()
+            assert (found.attempts, len(found.ttft)) == (700 * (minute + 1),) * 2
+            assert found.ttft_quantile(0.5) == 0.5
+
+
+def calls(work: Callable[[], object]) -> int:
+    """How many Python functions it calls."""
+    count = 0
+
+    def profile(_frame: object, event: str, _arg: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_places_when_asked_again_do_not_add_up_what_is_over() -> None:
+    """They are asked every few seconds, and a thousand backends make 60 000 cells an hour."""
+    clock = FakeClock(6_000.0)
+    windows = Windows(clock)
+    for minute in range(20):
+        clock.now = 6_000.0 + 60 * minute
+        for n in range(50):
+            windows.add(outcome(at=backend(f"b{n}"), ttft=0.1), "m")
+    all_cells = calls(lambda: windows.totals(60, by=lambda key: key.region))
+    assert calls(lambda: windows.places(60)) > all_cells / 2
+    assert calls(lambda: windows.places(60)) < all_cells / 10
+    clock.now += 60
+    assert calls(lambda: windows.places(60)) < all_cells / 5
+    (found,) = windows.places(60).values()
+    assert found.attempts == 1_000
+
+
+def test_totals_when_the_clock_goes_back_lose_nothing() -> None:
+    """No monotonic clock does; one that is given to a simulation might."""
+    clock = FakeClock(6_000.0)
+    windows = Windows(clock)
+    windows.add(outcome(usd=1.0), "m")
+    clock.now -= 600
+    windows.add(outcome(usd=2.0), "m")
+    assert total(windows, 1).usd == 3.0
+    clock.now += 660
+    windows.add(outcome(usd=4.0), "m")
+    assert total(windows, 1).usd == 7.0
 
 
 def test_totals_keep_the_sixtieth_full_minute_while_a_new_one_begins() -> None:
@@ -146,6 +239,118 @@ def test_totals_when_idle_for_hours_are_empty() -> None:
     windows.add(outcome(usd=1.0), "m")
     clock.now += 7200
     assert total(windows).attempts == 0
+
+
+def test_quantiles_are_of_good_attempts_alone() -> None:
+    """A backend that fails in 5 ms must not look fast."""
+    windows = Windows(FakeClock())
+    windows.add(outcome(ttft=0.4, duration=2.0), "m")
+    for verdict in (Verdict.STRIKE, Verdict.CALLER, Verdict.BUSY, Verdict.NEUTRAL):
+        windows.add(outcome(verdict, ttft=0.005, duration=0.005), "m")
+    found = total(windows)
+    assert (len(found.ttft), len(found.duration)) == (1, 1)
+    assert (found.ttft_quantile(0.01), found.duration_quantile(0.01)) == (0.4, 2.0)
+
+
+def test_cold_start_when_it_is_a_part_of_the_wait_is_taken_out_of_both_times() -> None:
+    windows = Windows(FakeClock())
+    windows.add(outcome(ttft=30.5, duration=33.0, cold_start=30.0), "m")
+    found = total(windows)
+    assert (found.ttft_quantile(0.5), found.duration_quantile(0.5)) == (0.5, 3.0)
+    assert (found.start_quantile(0.5), found.starts and len(found.starts)) == (30.0, 1)
+    assert found.seconds == 33.0
+
+
+def test_cold_start_when_all_of_the_wait_was_one_says_nothing_of_speed() -> None:
+    """By our own clock it is the whole time to first content: how much was work is not known."""
+    windows = Windows(FakeClock())
+    windows.add(outcome(ttft=30.5, duration=33.0, cold_start=30.5, usage=Usage(1, 50)), "m")
+    found = total(windows)
+    assert (found.good, found.start_quantile(0.5)) == (1, 30.5)
+    assert (found.ttft_quantile(0.5), found.duration_quantile(0.5)) == (None, None)
+    assert (found.tokens_per_second(), found.tokens_out) == (None, 50)
+
+
+@pytest.mark.parametrize("told", [math.inf, math.nan, -1.0, 1e300])
+def test_cold_start_when_a_provider_tells_nonsense_harms_no_number(told: float) -> None:
+    windows = Windows(FakeClock())
+    for _ in range(2 * 512 + 1):  # past the point where they are folded
+        windows.add(outcome(ttft=0.5, duration=1.0, cold_start=told), "m")
+        windows.add(outcome(ttft=0.5, duration=1.0), "m")
+    found = total(windows)
+    assert found.good == 2050
+    numbers = [found.ttft_quantile(0.5), found.duration_quantile(0.5), found.start_quantile(0.5)]
+    assert all(number is None or math.isfinite(number) for number in numbers)
+    assert numbers[:2] == [0.5, 1.0]
+
+
+def test_pace_of_a_stream_is_that_of_the_tokens_after_its_first_content() -> None:
+    windows = Windows(FakeClock())
+    windows.add(outcome(ttft=1.0, duration=3.0, usage=Usage(9, 101)), "m", stream=True)
+    assert total(windows).tokens_per_second() == 50.0
+
+
+def test_pace_of_a_document_is_that_of_all_tokens_in_all_the_time() -> None:
+    windows = Windows(FakeClock())
+    windows.add(outcome(ttft=2.0, duration=2.001, usage=Usage(9, 100)), "m")
+    assert total(windows).tokens_per_second() == pytest.approx(50.0, rel=0.001)
+
+
+def test_pace_of_a_stream_that_was_held_back_and_came_at_once_is_that_of_a_document() -> None:
+    """A proxy in front of the backend that buffers would else show a million tokens a second."""
+    windows = Windows(FakeClock())
+    windows.add(outcome(ttft=2.0, duration=2.0001, usage=Usage(9, 100)), "m", stream=True)
+    assert total(windows).tokens_per_second() == pytest.approx(50.0, rel=0.001)
+
+
+def test_pace_over_several_is_all_tokens_by_all_seconds() -> None:
+    windows = Windows(FakeClock())
+    windows.add(outcome(ttft=1.0, duration=2.0, usage=Usage(0, 11)), "m", stream=True)
+    windows.add(outcome(ttft=0.0, duration=9.0, usage=Usage(0, 190)), "m")
+    windows.add(outcome(Verdict.STRIKE, ttft=1.0, duration=2.0, usage=Usage(0, 500)), "m")
+    windows.add(outcome(ttft=1.0, duration=100.0), "m")
+    assert total(windows).tokens_per_second() == 20.0
+
+
+def test_costs_are_by_what_was_billed_and_hold_what_failed() -> None:
+    windows = Windows(FakeClock())
+    windows.add(outcome(usd=0.002, billed=8.0, duration=10.0, usage=Usage(100, 300)), "m")
+    windows.add(outcome(Verdict.STRIKE, usd=0.001, billed=2.0, duration=2.0), "m")
+    found = total(windows)
+    assert (found.billed, found.seconds) == (10.0, 12.0)
+    assert found.cost_per_second() == pytest.approx(0.0003)
+    assert found.cost_per_million_tokens() == pytest.approx(7.5)
+
+
+def test_estimated_share_is_of_all_tokens() -> None:
+    windows = Windows(FakeClock())
+    windows.add(outcome(usage=Usage(10, 50)), "m")
+    windows.add(outcome(Verdict.NEUTRAL, usage=Usage(5, 15, estimated=True)), "m")
+    assert total(windows).estimated_share() == 0.25
+
+
+def test_rates_when_nothing_was_measured_are_none() -> None:
+    windows = Windows(FakeClock())
+    windows.add(outcome(Verdict.NEUTRAL, duration=0.0), "m")
+    windows.add(outcome(Verdict.NEUTRAL, duration=0.0, billed=math.nan, usd=math.nan), "m")
+    found = total(windows)
+    assert found.success_rate() is None
+    assert found.tokens_per_second() is None
+    assert found.cost_per_second() is None
+    assert found.cost_per_million_tokens() is None
+    assert found.estimated_share() is None
+
+
+def test_memory_when_one_backend_answers_all_day_stays_bounded() -> None:
+    clock = FakeClock()
+    windows = Windows(clock)
+    for n in range(30_000):
+        clock.now += 0.001
+        windows.add(outcome(ttft=0.001 * n, duration=0.001 * n), "m")
+    (cell,) = windows.totals(60, by=lambda key: key).values()
+    assert cell.attempts == 30_000
+    waiting = [it.ttft.waiting for m in windows._ring for it in m.cells.values()]
+    assert max(map(len, waiting)) <= 1024
 
 
 def test_covered_in_a_young_process_is_its_age() -> None:

@@ -1,10 +1,10 @@
 """Quantiles of any number of values in bounded room, to be merged with others of their kind.
 
-Rule 1: up to 512 values are kept as they are, and their quantiles are exact (nearest rank). From
-    then on they are folded into a t-digest (T. Dunning, O. Ertl, arXiv:1902.04023) of at most 200
-    centroids. Its error is one of rank: what it calls the p95 is the true quantile of some share
-    near 0.95. How near is written in docs/regions.md, and held by tests/test_sketch.py.
-Rule 2: to add a value is to append to an array. Who adds calls `fold` before there are too many.
+Rule 1: up to 512 values are kept as they are, and their quantiles are exact (nearest rank). More
+    are folded into a t-digest (T. Dunning, O. Ertl, arXiv:1902.04023) of at most 200 centroids. Its
+    error is one of rank: what it calls the p95 is the true quantile of some share near 0.95. How
+    near is written in docs/regions.md, and held by tests/test_sketch.py.
+Rule 2: to add a value is to append to an array. Who adds calls `fold` once in 512 values.
 Rule 3: merging leaves the other as it is, and its order changes nothing beyond that error.
 """
 
@@ -15,7 +15,7 @@ from array import array
 
 from fastdigest import TDigest
 
-WAITING = 512  # values; as many take less room than one digest, and sorting them takes 20 us
+EXACT = 512  # values: they take less room than one digest, and 20 us to sort
 _CENTROIDS = 200
 
 
@@ -38,7 +38,7 @@ class Sketch:
 
     def fold(self) -> None:
         """Make room for further values, where many wait."""
-        if len(self.waiting) > WAITING // 2:
+        if len(self.waiting) > EXACT:
             self._fold()
 
     def merge(self, other: Sketch) -> None:
@@ -49,8 +49,7 @@ class Sketch:
                 self._digest = other._digest.copy()
             else:
                 self._digest.merge_inplace(other._digest)
-        if len(self.waiting) > WAITING:
-            self._fold()
+        self.fold()
 
     def quantile(self, q: float) -> float | None:
         """The value that the share `q` (0..1) did not exceed; None where nothing was seen."""

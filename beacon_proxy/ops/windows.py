@@ -17,7 +17,7 @@ from math import inf, isfinite
 from typing import NamedTuple, TypeVar
 
 from ..contracts import Backend, Clock, Outcome, Verdict, canonical_model
-from .sketch import WAITING, Sketch
+from .sketch import EXACT, Sketch
 
 MINUTES = 60
 SPANS = (1, 5, 60)  # minutes that are told
@@ -106,14 +106,15 @@ class Totals:
 
     def started(self, seconds: float, ttft: float | None) -> float | None:
         """Count a cold start; `ttft` without it, None where no more than the start is known."""
-        if 0 <= seconds < inf:  # a provider said so: anything may have come
-            if self.starts is None:
-                self.starts = Sketch()
-            self.starts.waiting.append(seconds)
+        if not 0 <= seconds < inf:  # as its provider told it: anything may have come
+            return None
+        if self.starts is None:
+            self.starts = Sketch()
+        self.starts.waiting.append(seconds)
         return ttft - seconds if ttft is not None and ttft > seconds else None
 
     def fold(self) -> None:
-        """Make room for further attempts; due at least every 512."""
+        """Make room for further attempts; due once in 512 of them."""
         self.ttft.fold()
         self.duration.fold()
         if self.starts is not None:
@@ -165,6 +166,14 @@ class _Minute:
 
 
 @dataclass(slots=True)
+class _Past:
+    """Minutes that are over, added up."""
+
+    now: int  # the number of the minute before which they were
+    places: dict[Place, Totals] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class _Ways:
     """To the cells of one backend in the running minute, by models as clients spell them."""
 
@@ -183,6 +192,7 @@ class Windows:
         self._minute = _Minute()  # the running one
         self._over = 0.0  # s of the clock: when it will not be any more
         self._ways: dict[str, _Ways] = {}  # by backend name
+        self._past: dict[int, _Past] = {}  # by how many minutes
 
     def add(self, outcome: Outcome, model: str | None, stream: bool = False) -> None:
         """Count one attempt that has just ended; `model` as the client spells it.
@@ -201,7 +211,7 @@ class Windows:
         if totals is None:
             totals = self._cell(ways, model, verdict is _GOOD)
         totals.attempts += 1
-        if not totals.attempts % WAITING:
+        if not totals.attempts % EXACT:
             totals.fold()
         seconds = outcome.duration
         totals.seconds += seconds
@@ -273,20 +283,25 @@ class Windows:
         return groups
 
     def places(self, minutes: int) -> dict[Place, Totals]:
-        """The same by region and provider, for who asks often: each minute is added up once."""
+        """The same by region and provider, for who asks often: what is over is added up once."""
         now = int(self._clock() // 60)
         groups: dict[Place, Totals] = {}
-        for minute in self._last(minutes):
-            places = minute.places
-            if places is None:
-                places = {}
-                for key, totals in minute.cells.items():
-                    _into(places, Place(key.region, key.provider), totals)
-                if minute.number < now:
-                    minute.places = places
-            for place, totals in places.items():
-                _into(groups, place, totals)
+        _add_all(groups, self._over_by_place(minutes, now))
+        for minute in self._last(0):
+            _add_all(groups, _by_place(minute))
         return groups
+
+    def _over_by_place(self, minutes: int, now: int) -> dict[Place, Totals]:
+        """The minutes before the one numbered `now`."""
+        past = self._past.get(minutes)
+        if past is None or past.now != now:
+            past = self._past[minutes] = _Past(now)
+            for minute in self._last(minutes):
+                if minute.number < now:
+                    if minute.places is None:
+                        minute.places = _by_place(minute)
+                    _add_all(past.places, minute.places)
+        return past.places
 
     def _last(self, minutes: int) -> list[_Minute]:
         first = int(self._clock() // 60) - minutes
@@ -296,6 +311,18 @@ class Windows:
         """Seconds that `totals(minutes, …)` looks back: less in a young process."""
         now = self._clock()
         return min(now - self._started, minutes * 60 + now % 60)
+
+
+def _by_place(minute: _Minute) -> dict[Place, Totals]:
+    places: dict[Place, Totals] = {}
+    for key, totals in minute.cells.items():
+        _into(places, Place(key.region, key.provider), totals)
+    return places
+
+
+def _add_all(groups: dict[Place, Totals], more: dict[Place, Totals]) -> None:
+    for place, totals in more.items():
+        _into(groups, place, totals)
 
 
 def _into(groups: dict[_Group, Totals], group: _Group, totals: Totals) -> None:
