@@ -93,6 +93,15 @@ class Lifespan(Protocol):
         ...
 
 
+class Limits(Protocol):
+    def limit(self, backend: Backend) -> int:
+        """How many this middleware lets run on `backend` at once, as of now.
+
+        Asked when somebody reads, never by a request; what holds is still `admit`.
+        """
+        ...
+
+
 class Measures(Protocol):
     def gauges(self) -> Iterable[Gauge]:
         """What this middleware shows of itself; asked when somebody reads, never by a request."""

@@ -26,15 +26,20 @@ class Chain:
     observers: tuple[ObservePhase, ...]
     lifespans: tuple[Any, ...]
     gauges: tuple[Callable[[], Iterable[Gauge]], ...]
+    limits: tuple[Callable[[Backend], int], ...]
     queue: QueueLimits
 
     @classmethod
     def of(cls, middlewares: Iterable[object]) -> Chain:
-        """Sort middlewares, in the order of the chain."""
+        """Sort middlewares, in the order of the chain.
+
+        A phase that is None is none: so one that an option switches on costs nothing while off.
+        """
         things = tuple(middlewares)
 
         def phase(name: str) -> tuple[Any, ...]:
-            return tuple(getattr(thing, name) for thing in things if hasattr(thing, name))
+            found = (getattr(thing, name, None) for thing in things)
+            return tuple(each for each in found if each is not None)
 
         rules = phase("queue")
         return cls(
@@ -45,5 +50,6 @@ class Chain:
             phase("observe"),
             phase("lifespan"),
             phase("gauges"),
+            phase("limit"),
             rules[0]() if rules else QueueLimits(0, 0.0),
         )
