@@ -24,6 +24,7 @@ from ..fleet.fleet import Fleet
 from ..fleet.hooks import Hooks
 from ..spending.budgets import Budgets
 from .chain import Chain
+from .hopeless import hopeful, latest_start
 from .queue import Place, Queue
 
 
@@ -129,34 +130,44 @@ class Chooser:
                     self._queue.tried(place, choice.candidate.backend.name if choice else None)
                 if choice is not None:
                     return choice
-                if now >= until or not patient or (place is None and self._queue.full):
-                    raise Overloaded("every backend is full", retry_after=1.0)
+                if now >= until or not patient:
+                    raise self._overloaded("every backend is full")
                 wants = frozenset(candidate.backend.name for candidate in plan)
-                if place is None:
-                    place = self._queue.join(wants)
-                else:
+                if place is not None:
                     self._queue.want(place, wants)
-                end = min(until, max(exchange.ends_on(c.backend) for c in plan))
+                elif self._queue.has_place(exchange.tenant):
+                    place = self._queue.join(wants, exchange.tenant)
+                else:
+                    raise self._overloaded("every backend is full, and so is the queue")
+                end = min(until, max(latest_start(exchange, c, now) for c in plan))
                 await self._queue.wait(place, end - now)
+                if place.displaced:
+                    raise self._overloaded(
+                        "every backend is full, and so is its share of the queue"
+                    )
                 now = monotonic()
         finally:
             if place is not None:
                 run.queued += monotonic() - joined
                 self._queue.leave(place)
 
+    def _overloaded(self, message: str) -> Overloaded:
+        return Overloaded(message, retry_after=self._queue.retry_after())
+
     def _plan_in_time(
         self, exchange: Exchange, model: str | None, tried: Collection[str], now: float
     ) -> Candidates:
-        """The plan, less who could not answer before the exchange must be over; never empty."""
+        """The plan, less who can no longer answer before the exchange must be over; never empty."""
         if exchange.deadline is not None and now >= exchange.deadline:
             raise UpstreamError(Fault.DEADLINE, Stage.QUEUE, "the deadline ran out")
         plan = self.plan(exchange, model, tried)
         if not plan:
             raise self.nobody(exchange)
-        if self._fleet.has_totals:  # else the deadline alone ends it
-            plan = [c for c in plan if now < exchange.ends_on(c.backend)]
+        if exchange.deadline is not None or self._fleet.has_totals:
+            plan = hopeful(exchange, plan, now)
             if not plan:
-                raise UpstreamError(Fault.DEADLINE, Stage.QUEUE, "the total time ran out")
+                detail = "too little time is left for any backend"
+                raise UpstreamError(Fault.DEADLINE, Stage.QUEUE, detail)
         return plan
 
     def _admit(self, exchange: Exchange, plan: Candidates, place: Place | None) -> Choice | None:

@@ -69,7 +69,7 @@ class Pipeline:
         self._chain = chain
         self._wire = wire
         self._watcher = watcher
-        self._queue = Queue(chain.queue, watcher.queue_depth)
+        self.queue = self._queue = Queue(chain.queue, watcher.queue_depth)
         self._chooser = Chooser(fleet, chain, self._queue, budgets)
         self._expected_usd = fleet.estimates.usd
 

@@ -1,19 +1,31 @@
-"""The bounded wait for room, in one place.
+"""The bounded wait for room, in one place, fair between tenants.
 
-Waiters stand in the order they came. A released slot is promised to the first waiter that wants its
-backend, and nobody may take it before that one has tried. Who is refused for another reason than
-room passes it on, and holds up nobody.
+Each tenant's exchanges stand in a line of their own, in the order they came; the lines stand in a
+round. A released slot is promised to the first line of the round in which somebody wants its
+backend, and who takes one sends its line to the end of the round. So a tenant that waits is served
+once before any other is served twice, however many it sends; where nobody is called a tenant there
+is one line, and who came first is first.
+
+A slot that is promised nobody may take before the one it is promised to has tried. Who is refused
+for another reason than room passes it on, and holds up nobody.
+
+When the queue is full, a newcomer takes the place of the newest of the tenant with the most places,
+if that leaves the two nearer to each other: nobody can fill the queue and lock the others out.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from ..contracts import QueueLimits
+from ..contracts import Clock, Gauge, QueueLimits
 
 RECHECK = 0.25  # s; health and back-pressure change without a release
+_LEAST_WAIT, _MOST_WAIT = 1.0, 60.0  # s, of a Retry-After
+_REMEMBERED = 64  # slots taken, for the pace
 
 
 @dataclass(eq=False, slots=True)
@@ -21,8 +33,32 @@ class Place:
     """One exchange's place in the queue."""
 
     wants: frozenset[str]
+    tenant: str | None = None
+    joined: float = 0.0  # monotonic s
     wake: asyncio.Future[None] | None = None
     owed: str | None = field(default=None)  # the backend whose release woke it
+    offer: int = 0  # the number of that release
+    refused: dict[str, int] = field(default_factory=dict)  # backend -> the latest it did not take
+    displaced: bool = False  # it has lost its place to another tenant
+
+
+class _Line:
+    """The places of one tenant, oldest first."""
+
+    __slots__ = ("owed", "places")
+
+    def __init__(self) -> None:
+        self.places: dict[Place, None] = {}
+        self.owed = 0  # promises among them
+
+    def first(self, name: str, offer: int) -> Place | None:
+        """Who waits for that backend and has not refused this offer, or a later one."""
+        for place in self.places:
+            if name not in place.wants or place.wake is None or place.wake.done():
+                continue
+            if not place.refused or place.refused.get(name, 0) < offer:
+                return place
+        return None
 
 
 class Queue:
@@ -32,15 +68,22 @@ class Queue:
         owed: free slots that are promised to somebody, over all backends.
     """
 
-    def __init__(self, limits: QueueLimits, told: Callable[[int], None]) -> None:
+    def __init__(
+        self, limits: QueueLimits, told: Callable[[int], None], clock: Clock = time.monotonic
+    ) -> None:
         """`told` hears the length of the queue at each change."""
         self.limits = limits
         self._told = told
-        self._places: dict[Place, None] = {}
+        self._clock = clock
+        self._places: dict[Place, None] = {}  # in the order they came
+        self._lines: dict[str | None, _Line] = {}  # in the order of the round
         self._wanted: dict[str, int] = {}
         self.owed = 0
+        self._offers = 0
         self._promised: dict[str, int] = {}  # backend -> slots
         self._turned_away: set[str] = set()  # backends refused for a promise alone
+        self._since = 0.0  # monotonic s: when somebody came to wait here, and nobody else did
+        self._taken: deque[float] = deque(maxlen=_REMEMBERED)  # monotonic s, since then
 
     def __len__(self) -> int:
         return len(self._places)
@@ -53,6 +96,10 @@ class Queue:
         """How many wait that this backend would do for."""
         return self._wanted.get(name, 0)
 
+    def has_place(self, tenant: str | None) -> bool:
+        """Whether `tenant` may join: there is a place, or one that it may take from another."""
+        return not self.full or self._displaceable(tenant) is not None
+
     def promised(self, name: str, place: Place | None) -> bool:
         """Whether a free slot of this backend belongs to another than `place` (None: a newcomer).
 
@@ -63,10 +110,20 @@ class Queue:
         self._turned_away.add(name)
         return True
 
-    def join(self, wants: frozenset[str]) -> Place:
-        """Take a place at the end. The caller has seen that the queue is not full."""
-        place = Place(wants)
+    def join(self, wants: frozenset[str], tenant: str | None = None) -> Place:
+        """Take a place at the end of the tenant's line. The caller has seen `has_place`."""
+        if self.full:
+            self._displace(self._displaceable(tenant))
+        now = self._clock()
+        if not self._places:
+            self._since = now
+            self._taken.clear()
+        place = Place(wants, tenant, now)
         self._places[place] = None
+        line = self._lines.get(tenant)
+        if line is None:
+            line = self._lines[tenant] = _Line()
+        line.places[place] = None
         self._count(wants, 1)
         self._told(len(self._places))
         return place
@@ -79,40 +136,55 @@ class Queue:
             place.wants = wants
 
     def leave(self, place: Place) -> None:
-        """Give the place up."""
+        """Give the place up; one that was displaced has none."""
+        if place.displaced:
+            return
         self.tried(place)
-        del self._places[place]
-        self._count(place.wants, -1)
-        self._told(len(self._places))
+        self._remove(place)
 
     def tried(self, place: Place, took: str | None = None) -> None:
         """`place` has tried its luck: a slot promised to it that it did not take goes on."""
         name, place.owed = place.owed, None
+        line = self._lines[place.tenant]
+        if took is not None:
+            self._taken.append(self._clock())
+            if len(self._lines) > 1:  # its tenant has had its turn
+                self._lines[place.tenant] = self._lines.pop(place.tenant)
         if name is not None:
+            line.owed -= 1
             self._keep(name)
             self.owed -= 1
             if name != took:
-                self._wake_for(name, after=place)
+                place.refused[name] = place.offer
+                self._promise(name, place.offer)
             elif name in self._turned_away and name not in self._promised:
                 self._turned_away.discard(name)
-                self._wake_for(name, after=None)  # there may have been more room than promised
+                self.released(name)  # there may have been more room than promised
 
     def released(self, name: str) -> None:
-        """A slot on this backend is free: wake the first who wants it."""
+        """A slot on this backend is free: wake who is to have it."""
         if self._wanted.get(name):
-            self._wake_for(name, after=None)
+            self._offers += 1
+            self._promise(name, self._offers)
 
-    def _wake_for(self, name: str, after: Place | None) -> None:
-        passed = after is None
-        for place in self._places:
-            if not passed:
-                passed = place is after
-            elif name in place.wants and place.wake is not None and not place.wake.done():
-                place.owed = name
-                self._promised[name] = self._promised.get(name, 0) + 1
-                self.owed += 1
-                place.wake.set_result(None)
-                return
+    def _promise(self, name: str, offer: int) -> None:
+        chosen: Place | None = None
+        line_of_chosen: _Line | None = None
+        for line in self._lines.values():
+            # A line with a promise outstanding is nearly served: those with fewer go first.
+            if line_of_chosen is None or line.owed < line_of_chosen.owed:
+                place = line.first(name, offer)
+                if place is not None:
+                    chosen, line_of_chosen = place, line
+                    if not line.owed:
+                        break
+        if chosen is None or line_of_chosen is None or chosen.wake is None:
+            return
+        chosen.owed, chosen.offer = name, offer
+        line_of_chosen.owed += 1
+        self._promised[name] = self._promised.get(name, 0) + 1
+        self.owed += 1
+        chosen.wake.set_result(None)
 
     async def wait(self, place: Place, seconds: float) -> None:
         """Sleep until woken, a recheck is due or `seconds` are over."""
@@ -124,6 +196,53 @@ class Queue:
         finally:
             timer.cancel()
             place.wake = None
+
+    def retry_after(self) -> float:
+        """Seconds until there may be room, by the pace at which those who wait are served; 1..60.
+
+        The time until all who wait now are served. While nobody was: as long as they have waited.
+        """
+        if not self._places:
+            return _LEAST_WAIT
+        taken = self._taken
+        began = taken[0] if len(taken) == _REMEMBERED else self._since
+        seconds = self._clock() - began
+        if taken:
+            seconds *= (len(self._places) + 1) / len(taken)
+        return min(max(seconds, _LEAST_WAIT), _MOST_WAIT)
+
+    def gauges(self) -> Iterable[Gauge]:
+        """See `contracts.Measures`. By nothing that a client makes up: no tenant, no model."""
+        oldest = next(iter(self._places), None)
+        waited = self._clock() - oldest.joined if oldest is not None else 0.0
+        yield Gauge("queue_oldest_seconds", "How long the longest in the queue has waited.", waited)
+
+    def _displaceable(self, tenant: str | None) -> Place | None:
+        """The newest place, if any, that a newcomer of `tenant` may take in a full queue."""
+        if not self._lines:
+            return None
+        line = self._lines.get(tenant)
+        own = len(line.places) if line is not None else 0
+        longest = max(self._lines.values(), key=lambda line: len(line.places))
+        if len(longest.places) < own + 2:  # else the two would only change sides
+            return None
+        return next((place for place in reversed(longest.places) if place.owed is None), None)
+
+    def _displace(self, place: Place | None) -> None:
+        assert place is not None, "who joins a full queue has seen that it may"
+        self._remove(place)
+        place.displaced = True
+        if place.wake is not None:
+            _wake(place.wake)
+
+    def _remove(self, place: Place) -> None:
+        del self._places[place]
+        places = self._lines[place.tenant].places
+        del places[place]
+        if not places:
+            del self._lines[place.tenant]
+        self._count(place.wants, -1)
+        self._told(len(self._places))
 
     def _keep(self, name: str) -> None:
         """One promise less."""

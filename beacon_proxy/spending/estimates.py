@@ -11,6 +11,8 @@ from __future__ import annotations
 from ..contracts import Backend, Live, Outcome, Typical
 
 _WEIGHT = 0.2  # of the newest attempt in the averages: about the last ten count
+_RISE = 1.01  # of `Typical.quickest` with each attempt that took longer: twice as much after 70
+_CAUTION = 8.0  # it begins at this part of the first one seen
 _MODELS = 64  # names told apart, a backend: clients make them up
 _LONGEST = 128  # characters of one
 _GUESS = Typical(billed=5.0, input=200.0, output=200.0)  # while no answer has been seen at all
@@ -26,10 +28,15 @@ class Estimates:
         """Learn from a good attempt; `model` as the client spells it."""
         typical = live.typical.get(model)
         if typical is None:
-            typical = self._begin(live, model)
-        billed = outcome.billed
-        if outcome.cold_start is not None and billed > outcome.cold_start:
-            billed -= outcome.cold_start
+            typical = self._begin(live, model, outcome.duration)
+        billed, duration = outcome.billed, outcome.duration
+        if outcome.cold_start is not None:
+            if billed > outcome.cold_start:
+                billed -= outcome.cold_start
+            if duration > outcome.cold_start:
+                duration -= outcome.cold_start
+        quickest = typical.quickest * _RISE
+        typical.quickest = quickest if quickest < duration else duration
         typical.billed += (_WEIGHT if typical.billed else 1.0) * (billed - typical.billed)
         learning: tuple[Typical, ...] = (typical,)
         if model is not None:
@@ -44,10 +51,10 @@ class Estimates:
                 each.input += (_WEIGHT if each.input else 1.0) * (usage.input - each.input)
                 each.output += (_WEIGHT if each.output else 1.0) * (usage.output - each.output)
 
-    def _begin(self, live: Live, model: str | None) -> Typical:
+    def _begin(self, live: Live, model: str | None, duration: float) -> Typical:
         if model is not None and (len(live.typical) >= _MODELS or len(model) > _LONGEST):
-            return live.typical.get(None) or self._begin(live, None)
-        typical = live.typical[model] = Typical()
+            return live.typical.get(None) or self._begin(live, None, duration)
+        typical = live.typical[model] = Typical(quickest=duration / _CAUTION)
         return typical
 
     def usd(self, backend: Backend, live: Live, model: str | None, now: float) -> float:
