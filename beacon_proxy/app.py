@@ -22,6 +22,7 @@ from .api.protocol import HEAD_TIMEOUT, ClientServer
 from .api.server import Api
 from .config import Settings, resolve_backends
 from .fleet.fleet import Fleet
+from .fleet.load import Load
 from .ops.performance import Performance
 from .ops.telemetry import Telemetry
 from .plugins import Plugins, build_middleware, build_provider
@@ -97,6 +98,7 @@ class App:
         )
         self._refresher = self._discovery() if settings.discovery else None
         self.pipeline: Pipeline
+        self._load: Load
 
     async def start(self) -> None:
         """Bind first, probe after: a platform that waits for the port is not kept waiting.
@@ -113,9 +115,11 @@ class App:
         # Last of all: who finds no room on a backend must not hold money for it.
         budgets = [self.budgets] if self._settings.budgets else []
         chain = Chain.of([*self._middlewares(), performance, *budgets])
-        self.telemetry.sources = chain.gauges
         wire = Wire(loop, self._wheel, self._pool, self._carriers)
         self.pipeline = Pipeline(self.fleet, chain, wire, self.telemetry, self.budgets)
+        self._load = Load(self.fleet, chain.limits)
+        core = (self._load.gauges, self.pipeline.queue.gauges)
+        self.telemetry.sources = (*chain.gauges, *core)
         self._http = ClientServer(
             self._api(loop), loop, self._wheel, head_timeout=self._head_timeout
         )
@@ -201,6 +205,7 @@ class App:
             fleet=self.fleet,
             telemetry=self.telemetry,
             providers=self.fleet.providers,
+            load=self._load,
             env=self._env,
             version=__version__,
             state=self,

@@ -482,6 +482,11 @@ async def test_metrics_without_accept_are_json() -> None:
         "in_flight": 2,
         "queue_depth": 4,
         "exchanges": {"complete": 0, "error": 1, "client_closed": 0},
+        "utilisation": {
+            "backend": {"golem-1": 0.25, "runpod-eu": 1.0, "modal-eu": 0.0},
+            "pool": {"baseline": 0.25, "burst": 0.0},
+            "region": {"us-east": 0.25, "eu-west": 0.0},
+        },
     }
 
 

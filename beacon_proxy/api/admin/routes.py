@@ -15,6 +15,7 @@ from aiohttp import web
 
 from ...contracts import Candidate, End, Provider
 from ...errors import BadRequest, ProxyError
+from ...fleet.load import Load
 from ...ops.metrics import healthy
 from ...ops.telemetry import Telemetry
 from ...ops.windows import MINUTES, SPANS, Key, Totals
@@ -66,12 +67,14 @@ class Admin:
         fleet: Fleet,
         telemetry: Telemetry,
         providers: Mapping[str, Provider],
+        load: Load | None = None,
         env: Mapping[str, str],
         version: str,
         state: State,
     ) -> None:
         self._region = settings.server.region
         self._fleet = fleet
+        self._load = Load(fleet) if load is None else load
         self._telemetry = telemetry
         self._env = env
         self._version = version
@@ -135,7 +138,12 @@ class Admin:
             {
                 "providers": [
                     views.provider(
-                        c, now, unix, totals.get(c.backend.name, Totals()), draining=draining
+                        c,
+                        now,
+                        unix,
+                        totals.get(c.backend.name, Totals()),
+                        self._load.of(c),
+                        draining=draining,
                     )
                     for c, draining in shown
                     if region in ("", c.backend.region)
@@ -199,7 +207,7 @@ class Admin:
             headers = {**HEADERS, "Content-Type": content_type}
             return web.Response(body=body, headers=headers)
         metrics = self._telemetry.metrics
-        answer = views.summary(candidates, self._fleet.now())
+        answer = views.summary(candidates, self._fleet.now(), self._load)
         exchanges = dict.fromkeys(map(str, End), 0)
         for (end, *_), count in metrics.exchanges.items():
             exchanges[end] += count

@@ -11,6 +11,7 @@ from math import inf
 from typing import Any
 
 from ...contracts import Candidate, Candidates, Capacity, Check, Live
+from ...fleet.load import GROUPS, Load, Share
 from ...ops.metrics import healthy
 from ...ops.windows import SPANS, Place, Totals, Windows
 from .models import names_of
@@ -24,7 +25,7 @@ def usable(live: Live, now: float) -> bool:
 
 
 def provider(
-    candidate: Candidate, now: float, unix: float, totals: Totals, *, draining: bool
+    candidate: Candidate, now: float, unix: float, totals: Totals, share: Share, *, draining: bool
 ) -> dict[str, Any]:
     """One entry of /providers. The first eight fields are read by old clients: types are fixed."""
     backend, live = candidate.backend, candidate.live
@@ -47,6 +48,8 @@ def provider(
         "draining": draining,  # it has left: no new request, those that run end as they would
         "in_flight": live.in_flight,
         "max_in_flight": backend.max_in_flight,
+        "room": 0 if draining else share.room,
+        "utilisation": round(share.utilisation, 4),
         "models": names_of(candidate),
         "ejected_until": unix + live.ejected_until - now if ejected else None,
         "resting_until": unix + live.resting_until - now if live.resting_until > now else None,
@@ -134,8 +137,11 @@ def _of_region(groups: Mapping[Place, Totals], region: str) -> Totals:
     return whole
 
 
-def summary(candidates: Candidates, now: float) -> dict[str, Any]:
+def summary(candidates: Candidates, now: float, load: Load) -> dict[str, Any]:
     """The fleet in numbers, as /metrics tells it in JSON."""
+    utilisation: dict[str, dict[str, float]] = {kind: {} for kind in GROUPS}
+    for kind, name, share in load.groups():
+        utilisation[kind][name] = round(share.utilisation, 4)
     latencies = [c.live.latency for c in candidates if c.live.latency is not None]
     rates = [c.live.success for c in candidates]
     prices = [c.backend.price_per_second for c in candidates]
@@ -146,4 +152,5 @@ def summary(candidates: Candidates, now: float) -> dict[str, Any]:
         "avg_success_rate": sum(rates) / len(rates) if rates else 1.0,
         "cost_range": {"min": min(prices, default=0.0), "max": max(prices, default=0.0)},
         "in_flight": sum(c.live.in_flight for c in candidates),
+        "utilisation": utilisation,
     }
