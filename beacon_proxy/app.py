@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import uvloop
 
 from . import __version__
+from .alerts.view import Sources
+from .alerts.watch import Watch
 from .api.admin import Admin
 from .api.cors import Cors
 from .api.inference import PATHS, Inference
@@ -99,6 +101,7 @@ class App:
         self._refresher = self._discovery() if settings.discovery else None
         self.pipeline: Pipeline
         self._load: Load
+        self._watch: Watch | None = None
 
     async def start(self) -> None:
         """Bind first, probe after: a platform that waits for the port is not kept waiting.
@@ -115,10 +118,11 @@ class App:
         # Last of all: who finds no room on a backend must not hold money for it.
         budgets = [self.budgets] if self._settings.budgets else []
         chain = Chain.of([*self._middlewares(), performance, *budgets])
+        self._watch = watch = self._alerts(chain)
         wire = Wire(loop, self._wheel, self._pool, self._carriers)
         self.pipeline = Pipeline(self.fleet, chain, wire, self.telemetry, self.budgets)
         self._load = Load(self.fleet, chain.limits)
-        core = (self._load.gauges, self.pipeline.queue.gauges)
+        core = (self._load.gauges, self.pipeline.queue.gauges, watch.gauges)
         self.telemetry.sources = (*chain.gauges, *core)
         self._http = ClientServer(
             self._api(loop), loop, self._wheel, head_timeout=self._head_timeout
@@ -136,6 +140,8 @@ class App:
             await self._stack.enter_async_context(scaler.lifespan())
         for lifespan in chain.lifespans:
             await self._stack.enter_async_context(lifespan(self.fleet))
+        self._stack.push_async_callback(watch.close)  # before what it looks at
+        watch.start()
         for warning in self._settings.warnings:
             self.telemetry.notify("config.ignored", warning=warning)
         self.telemetry.notify(
@@ -185,6 +191,37 @@ class App:
             notify=self.telemetry.notify,
         )
 
+    def _alerts(self, chain: Chain) -> Watch:
+        settings, telemetry, refresher = self._settings.alerts, self.telemetry, self._refresher
+        sender = None
+        if settings.webhooks:
+            from .alerts.webhooks import Webhooks
+
+            sender = Webhooks(
+                settings.webhooks,
+                version=__version__,
+                unix=telemetry.unix,
+                rng=random.Random(),
+                notify=telemetry.notify,
+            )
+        sources = Sources(
+            candidates=self.fleet.candidates,
+            gauges=telemetry.gauges,
+            totals=telemetry.windows.totals,
+            queue=lambda: (telemetry.metrics.queue_depth, chain.queue.size),
+            lines_lost=lambda: telemetry.lines_lost,
+            discovery=dict if refresher is None else refresher.answering,
+        )
+        return Watch(
+            settings,
+            sources,
+            region=telemetry.region,
+            clock=telemetry.clock,
+            unix=telemetry.unix,
+            notify=telemetry.notify,
+            sender=sender,
+        )
+
     def _middlewares(self) -> list[object]:
         return [
             build_middleware(
@@ -224,9 +261,15 @@ class App:
             settings.limits.tenant_header,
         )
 
+    def alerts(self) -> list[dict[str, Any]]:
+        """The alerts that are active."""
+        return [] if self._watch is None else self._watch.active()
+
     def hurry(self) -> None:
         """Let a drain under way wait no longer."""
         self.cutting = True
+        if self._watch is not None:
+            self._watch.hurry()
 
     async def stop(self, drain: float | None = None) -> None:
         """Stop accepting, let open exchanges finish for `drain` seconds, then cut the rest.

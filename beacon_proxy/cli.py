@@ -28,7 +28,13 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     from .errors import ConfigError
 
-    commands = {"serve": _serve, "check": _check, "costs": _costs, "demo": _demo}
+    commands = {
+        "serve": _serve,
+        "check": _check,
+        "costs": _costs,
+        "alerts": _alerts,
+        "demo": _demo,
+    }
     try:
         return commands[args.command](args)
     except ConfigError as exc:
@@ -102,6 +108,17 @@ def _costs(args: argparse.Namespace) -> int:
     return 1
 
 
+def _alerts(args: argparse.Namespace) -> int:
+    settings, _ = _load(args.config)
+    if not settings.alerts.webhooks:
+        _say("alerts: there is no webhook to test; add one to alerts.webhooks of beacon.yaml")
+        return 1
+    from .alerts.trial import send_test
+
+    taken = send_test(settings.alerts, settings.server.region, __version__, print)
+    return 0 if taken else 1
+
+
 def _demo(args: argparse.Namespace) -> int:
     from .demo import run_demo
 
@@ -141,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     serve = commands.add_parser("serve", help="run the proxy")
     check = commands.add_parser("check", help="validate the configuration; exit 0 or 1")
-    for command in (serve, check):
+    alerts = commands.add_parser("alerts", help="test the webhooks that alerts are sent to")
+    alerts.add_argument("what", choices=("test",), help="send one message to each; exit 0 or 1")
+    for command in (serve, check, alerts):
         command.add_argument(
             "--config",
             type=Path,

@@ -20,10 +20,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import models_json_schema
 
+from .config.alerts import Webhook
 from .config.autoscale import Scaled
 from .config.backends import BackendSettings, Discovery, TokenPrice
 from .config.checks import DEFAULT_CHAIN
-from .config.money import Budget, Rule, Webhook
+from .config.money import Budget
 from .config.settings import Settings
 from .plugins import Plugins, option_model
 
@@ -45,7 +46,6 @@ _SAMPLES: dict[type[BaseModel], Mapping[str, Any]] = {
     TokenPrice: {"input": 0.05, "output": 0.2},
     Budget: {"name": "daily", "per": "day", "usd": 5},
     Webhook: {"url": "https://hooks.example/x", "secret": "${ALERT_SECRET}"},
-    Rule: {"above": 0.8},
     Scaled: {"backend": "runpod-eu", "max": 3},
 }
 _SECOND_BACKEND = """

@@ -36,6 +36,7 @@ from beacon_proxy.contracts import (
 from beacon_proxy.ops.telemetry import MAX_LISTENERS, Telemetry
 
 NOW, UNIX = 5_000.0, 1_700_000_000.5
+ALERT = {"rule": "queue", "subject": "queue", "severity": "warning", "since": "2023-11-14T22:13Z"}
 ENV = {"PORT": "8080", "RUNPOD_API_KEY": "rp-secret", "EMPTY": "", "HOME": "/home/x"}
 
 
@@ -109,7 +110,9 @@ class Site:
         self.telemetry = Telemetry(
             region="us-east", access_log=False, log=Quiet(), clock=lambda: NOW, unix=lambda: UNIX
         )
-        self.state = SimpleNamespace(draining=False, started_unix=UNIX - 60)
+        self.state = SimpleNamespace(
+            draining=False, started_unix=UNIX - 60, alerts=lambda: [dict(ALERT)]
+        )
         self.admin = Admin(
             settings=SimpleNamespace(server=SimpleNamespace(region="us-east")),  # type: ignore[arg-type]
             fleet=fleet,
@@ -186,6 +189,7 @@ async def test_health_when_one_is_set_aside_is_degraded_and_still_200() -> None:
             "providers_total": 3,
             "providers_healthy": 2,
             "regions": ["us-east", "eu-west"],
+            "alerts": [ALERT],
         }
 
 

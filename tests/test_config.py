@@ -95,7 +95,7 @@ alerts: {webhooks: [{url: "https://hooks.example/x", secret: "${ALERT_SECRET}"}]
          rules: {pool_utilisation: {above: 0.8, for: 60}}}
 rates: {GLM: 0.25}
 """
-    env = {"RUNPOD_API_KEY": "k", "ALERT_SECRET": "whsec_x"}
+    env = {"RUNPOD_API_KEY": "k", "ALERT_SECRET": "whsec_c2VjcmV0"}
     settings = load(text, env, among=plugins())
     assert settings.server.region == "eu-west"
     assert settings.budgets[4].scope == "region:eu-west"
@@ -320,7 +320,6 @@ def test_backend_when_its_url_is_split_keeps_every_part(
     ("more", "path"),
     [
         ("ledger: {path: other.db}", "ledger"),
-        ("alerts: {webhooks: [{url: 'https://h/x'}]}", "alerts"),
     ],
 )
 def test_warning_when_a_section_has_no_effect_yet_names_it(more: str, path: str) -> None:

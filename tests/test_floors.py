@@ -32,7 +32,7 @@ FLOORS: dict[str, set[str]] = {
     "ledger": GROUND,
     "scaling": GROUND,
     "ops": GROUND,
-    "alerts": GROUND,
+    "alerts": GROUND | {"config"},
     "discovery": GROUND | {"config"},
     "fleet": GROUND | {"wire", "spending"},
     "routing": GROUND | {"wire", "fleet", "spending"},

@@ -1,4 +1,4 @@
-"""The shape of `ledger`, `budgets`, `limits` and `alerts`: what may be spent and who is told."""
+"""The shape of `ledger`, `budgets` and `limits`: what may be spent, and its record."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .values import Hook, Name, NotNegative, Positive, Scope, Secret, Section, Token
+from .values import Name, NotNegative, Positive, Scope, Section, Token
 
 
 class Ledger(Section):
@@ -42,34 +42,3 @@ class Limits(Section):
         description="header that names the tenant",
         examples=["X-Tenant"],
     )
-
-
-class Webhook(Section):
-    """Where alerts are sent."""
-
-    url: Hook = Field(description="URL that takes the POST; kept secret")
-    secret: Secret | None = Field(
-        default=None, description="key of the signature (Standard Webhooks), best as ${VARIABLE}"
-    )
-
-
-class Rule(Section):
-    """When an alert begins."""
-
-    above: Positive = Field(description="share, 0..1")
-    for_: NotNegative = Field(default=60.0, alias="for", description="s that it must last")
-
-
-class Rules(Section):
-    """The alerts that there are."""
-
-    pool_utilisation: Rule | None = Field(
-        default=None, description="in-flight share of a pool's room"
-    )
-
-
-class Alerts(Section):
-    """Who is told what."""
-
-    webhooks: list[Webhook] = Field(default=[], description="receivers of alerts")
-    rules: Rules = Field(default=Rules(), description="when an alert begins")

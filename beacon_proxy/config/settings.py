@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
+from .alerts import Alerts
 from .autoscale import Autoscale
 from .backends import BackendSettings, Discovery
-from .money import Alerts, Budget, Ledger, Limits
+from .money import Budget, Ledger, Limits
 from .values import Count, NotNegative, Origin, Port, Positive, Region, Section, Text
 
 
@@ -113,7 +114,7 @@ class Settings(Section):
     @property
     def warnings(self) -> list[str]:
         """What is set, and valid, but has no effect, and why; one line a key."""
-        later = ["ledger", "alerts"]
+        later = ["ledger"]
         paths = [key for key in later if getattr(self, key) != _default(Settings, key)]
         yet = [f"{path}: accepted, but this version does not act on it yet" for path in paths]
         return [*yet, *self._of_budgets()] + [

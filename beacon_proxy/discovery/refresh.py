@@ -92,6 +92,13 @@ class Refresher:
         for watched in self.sources:
             await watched.source.close()
 
+    def answering(self) -> dict[str, bool]:
+        """Each source by its place in the configuration, and whether its last look went well."""
+        return {
+            f"discovery[{number}]": watched.failing is None
+            for number, watched in enumerate(self.sources)
+        }
+
     async def _watch(self, watched: Watched) -> None:
         while True:
             await self.look(watched)

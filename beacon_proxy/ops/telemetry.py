@@ -24,6 +24,8 @@ MAX_LISTENERS = 32  # each costs every exchange a little
 
 # Of every other event: info. A warning is for a human who may act, an error for one who should.
 LEVELS = {
+    "alert.began": "warning",
+    "alerts.failed": "error",
     "autoscale.failed": "warning",
     "autoscale.stopped": "error",
     "backend.ejected": "warning",
@@ -45,6 +47,8 @@ LEVELS = {
     "probes.stopped": "error",
     "retry.refused": "warning",
     "server.failed": "error",
+    "webhook.failed": "warning",
+    "webhook.overflowed": "warning",
 }
 
 # What a listener on the public /ws has no business to know.
@@ -132,7 +136,10 @@ class Telemetry:
             backend = fields.get("backend")
             self.metrics.ejections[str(getattr(backend, "name", backend))] += 1
         told = {f"{name}_" if name in _TAKEN else name: value for name, value in fields.items()}
-        line: Line = {"ts": None, "level": LEVELS.get(event, "info"), "event": event, **told}
+        level = LEVELS.get(event, "info")
+        if level == "warning" and fields.get("severity") == "critical":
+            level = "error"
+        line: Line = {"ts": None, "level": level, "event": event, **told}
         self._tell(line)
         if self._listeners:
             self._publish(line)
@@ -170,6 +177,12 @@ class Telemetry:
         if self._writer is not None:
             self.metrics.lines_unwritten = self._writer.lost
         return self.metrics.render(candidates, accept)
+
+    @property
+    def lines_lost(self) -> int:
+        """Log lines that could not be written."""
+        unwritten = 0 if self._writer is None else self._writer.lost
+        return self.metrics.lines_lost + unwritten
 
     def subscribe(self) -> Listener:
         """Start to receive live events.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
 
@@ -51,6 +51,8 @@ class State(Protocol):
 
     @property
     def started_unix(self) -> float: ...
+
+    def alerts(self) -> list[dict[str, Any]]: ...
 
 
 class Admin:
@@ -113,6 +115,7 @@ class Admin:
                 "providers_total": len(candidates),
                 "providers_healthy": well,
                 "regions": list(models.providers_by_region(candidates)),
+                "alerts": self._state.alerts(),
             }
         )
 

@@ -1,0 +1,1 @@
+"""Alerts: what is watched, when an alert begins and ends, and who is told."""

@@ -1,0 +1,317 @@
+"""What each rule reads of a view: a value for each of its subjects, and what that means in words.
+
+Nothing here is counted for a request. What is not there (no traffic, a gauge that nobody shows)
+says nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from statistics import median
+from typing import Any, NamedTuple
+
+from ..config.alerts import (
+    BlendOffTarget,
+    BudgetUsed,
+    DiscoveryStale,
+    LedgerTrouble,
+    LogLinesLost,
+    PoolUtilisation,
+    ProviderDown,
+    QueueLong,
+    Rules,
+    SuccessRate,
+    TtftP95,
+)
+from ..contracts import Live, Warmth
+from .alarm import Mark, Severity
+from .view import MINUTES, Reading, View
+
+Read = Callable[[View], Iterable[Reading]]
+
+_WARMING = Warmth.WARMING
+_WINDOW = MINUTES * 60.0  # s
+_PAST = 3600.0  # s before the recent ones, that a TTFT is held against
+_PAST_LEAST = 600.0  # s of them that there must be
+
+
+class Rule(NamedTuple):
+    """What is read, and the marks at which it is an alert."""
+
+    name: str
+    read: Read
+    marks: tuple[Mark, ...]
+
+
+def rules_of(settings: Rules) -> list[Rule]:
+    """The rules that are switched on, in the order of the configuration."""
+    made = []
+    for name, make in _MAKERS.items():
+        section = getattr(settings, name)
+        if section is not None:
+            read, *marks = make(section)
+            made.append(Rule(name, read, tuple(marks)))
+    return made
+
+
+def _percent(share: float) -> str:
+    return f"{round(share * 100, 1):g} %"
+
+
+def _or(given: float | None, default: float) -> float:
+    return default if given is None else given
+
+
+# The fleet
+
+
+def usable(live: Live, now: float) -> bool:
+    """Whether a request may well go there: not set aside, not left alone, or only starting."""
+    if live.ejected_until > now:
+        return False
+    if live.healthy and live.resting_until <= now:
+        return True
+    return live.warmth_at(now) is _WARMING  # cold is no fault
+
+
+def _pool_utilisation(rule: PoolUtilisation) -> tuple[Any, ...]:
+    def read(view: View) -> Iterator[Reading]:
+        for pool, share in _utilisation(view).items():
+            says = f"pool {pool} is {_percent(share)} full (alert from {_percent(rule.above)})"
+            yield Reading(pool, share, says)
+
+    ends = _or(rule.clear, 0.9 * rule.above)
+    return read, Mark(rule.above, ends, rule.for_, rule.clear_for)
+
+
+def _utilisation(view: View) -> dict[str, float]:
+    """In-flight share of the room of each pool's usable backends."""
+    told = {
+        dict(gauge.labels).get("name", ""): gauge.value
+        for gauge in view.gauges.get("utilisation", ())
+        if ("of", "pool") in gauge.labels
+    }
+    if told:
+        return told
+    taken: dict[str, int] = {}
+    room: dict[str, int] = {}
+    for candidate in view.candidates:
+        backend, live = candidate.backend, candidate.live
+        if usable(live, view.now):
+            pool = backend.pool
+            taken[pool] = taken.get(pool, 0) + live.in_flight
+            room[pool] = room.get(pool, 0) + backend.max_in_flight
+    return {pool: taken[pool] / slots for pool, slots in room.items()}
+
+
+def _provider_down(rule: ProviderDown) -> tuple[Any, ...]:
+    def read(view: View) -> Iterator[Reading]:
+        all_of: dict[str, int] = {}
+        well: dict[str, int] = {}
+        for candidate in view.candidates:
+            provider = candidate.backend.provider
+            all_of[provider] = all_of.get(provider, 0) + 1
+            well[provider] = well.get(provider, 0) + usable(candidate.live, view.now)
+        for provider, count in all_of.items():
+            yield Reading(
+                provider,
+                well[provider],
+                f"provider {provider}: {well[provider]} of {count} backends can be used",
+            )
+
+    mark = Mark(
+        1.0, 1.0, rule.for_, rule.clear_for, Severity.CRITICAL, past=operator.lt, clear=operator.ge
+    )
+    return read, mark
+
+
+# The last minutes
+
+
+def _success_rate(rule: SuccessRate) -> tuple[Any, ...]:
+    def read(view: View) -> Iterator[Reading]:
+        for provider, sums in view.recent.items():
+            rate = sums.success_rate()
+            if rate is not None and sums.attempts >= rule.min_attempts:
+                yield Reading(
+                    provider,
+                    rate,
+                    f"provider {provider}: {_percent(rate)} of {sums.attempts} attempts in"
+                    f" {MINUTES} minutes were good (alert below {_percent(rule.below)})",
+                )
+
+    ends = _or(rule.clear, (1.0 + rule.below) / 2)
+    mark = Mark(rule.below, ends, rule.for_, rule.clear_for, past=operator.lt, clear=operator.ge)
+    return read, mark
+
+
+def _ttft_p95(rule: TtftP95) -> tuple[Any, ...]:
+    past = _Past()
+
+    def read(view: View) -> Iterator[Reading]:
+        enough = {
+            provider: p95
+            for provider, sums in view.recent.items()
+            if sums.attempts >= rule.min_attempts and (p95 := sums.ttft_quantile(0.95)) is not None
+        }
+        past.keep(view.recent_at, enough)
+        for provider, p95 in enough.items():
+            before = past.of(provider, view.recent_at)
+            if before and p95 >= rule.at_least:
+                times = p95 / before
+                yield Reading(
+                    provider,
+                    times,
+                    f"provider {provider}: TTFT p95 is {p95:.3g} s, {times:.3g} times that of the"
+                    f" hour before, {before:.3g} s (alert from {rule.factor:g} times)",
+                )
+
+    ends = _or(rule.clear, (1.0 + rule.factor) / 2)
+    return read, Mark(rule.factor, ends, rule.for_, rule.clear_for)
+
+
+class _Past:
+    """What the recent p95 of each provider was at each reading of the last hour."""
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[float, dict[str, float]]] = deque()
+
+    def keep(self, at: float, p95s: dict[str, float]) -> None:
+        """Remember a reading, unless it is the one remembered last; `at` in monotonic s."""
+        kept = self._kept
+        if not kept or kept[-1][0] != at:
+            kept.append((at, p95s))
+        while kept[0][0] < at - _WINDOW - _PAST:
+            kept.popleft()
+
+    def of(self, provider: str, now: float) -> float | None:
+        """The median of those older than the recent minutes; None: there are not enough yet."""
+        found = [
+            (at, p95s[provider])
+            for at, p95s in self._kept
+            if at <= now - _WINDOW and provider in p95s
+        ]
+        if not found or found[-1][0] - found[0][0] < _PAST_LEAST:
+            return None
+        return median(p95 for _, p95 in found)
+
+
+# Money
+
+
+def _budget(rule: BudgetUsed) -> tuple[Any, ...]:
+    def read(view: View) -> Iterator[Reading]:
+        for name, share in view.by_label("budget_used_ratio", "budget").items():
+            yield Reading(name, share, f"budget {name} is used up to {_percent(share)}")
+
+    wanted = ((rule.warning, Severity.WARNING), (rule.critical, Severity.CRITICAL))
+    marks = (
+        Mark(at, 0.95 * at, rule.for_, rule.clear_for, severity)
+        for at, severity in wanted
+        if at is not None
+    )
+    return read, *marks
+
+
+def _blend_off_target(rule: BlendOffTarget) -> tuple[Any, ...]:
+    def read(view: View) -> Iterator[Reading]:
+        shares = view.by_label("blend_share", "pool")
+        targets = view.by_label("blend_target_share", "pool")
+        both = shares.keys() & targets.keys()
+        if not both or sum(s.attempts for s in view.recent.values()) < rule.min_attempts:
+            return
+        # Two pools are off by the same: it is one alert.
+        pool = max(sorted(both), key=lambda name: round(abs(shares[name] - targets[name]), 6))
+        points = abs(shares[pool] - targets[pool]) * 100
+        yield Reading(
+            "blend",
+            points,
+            f"pool {pool} has {_percent(shares[pool])} of the traffic,"
+            f" {_percent(targets[pool])} is its target (alert from {rule.above:g} points)",
+        )
+
+    ends = _or(rule.clear, rule.above / 2)
+    return read, Mark(rule.above, ends, rule.for_, rule.clear_for)
+
+
+def _ledger(rule: LedgerTrouble) -> tuple[Any, ...]:
+    lost_rows = _Growth()
+
+    def read(view: View) -> Iterator[Reading]:
+        healthy, lost = view.one("ledger_healthy"), view.one("ledger_rows_lost")
+        if healthy is not None:
+            trouble = 0.0 if healthy else 1.0
+            says = "the ledger cannot be written" if trouble else "the ledger is written"
+            yield Reading("ledger", trouble, says)
+        if lost is not None:
+            grown = lost_rows.see(view.now, lost)
+            says = f"{grown:g} rows of the ledger were lost in {MINUTES} minutes"
+            yield Reading("rows", grown, says)
+
+    return read, Mark(1.0, 0.0, rule.for_, rule.clear_for, Severity.CRITICAL)
+
+
+# The proxy itself
+
+
+def _queue(rule: QueueLong) -> tuple[Any, ...]:
+    def read(view: View) -> Iterator[Reading]:
+        waiting, room = view.queue
+        if room:
+            says = f"{waiting} of {room} places in the queue are taken"
+            yield Reading("queue", waiting / room, says)
+
+    ends = _or(rule.clear, rule.above / 2)
+    return read, Mark(rule.above, ends, rule.for_, rule.clear_for)
+
+
+def _discovery(rule: DiscoveryStale) -> tuple[Any, ...]:
+    def read(view: View) -> Iterator[Reading]:
+        for source, answers in view.sources.items():
+            says = "answers" if answers else "cannot be asked; what it said last still stands"
+            yield Reading(source, 0.0 if answers else 1.0, f"{source} {says}")
+
+    return read, Mark(1.0, 0.0, rule.for_, rule.clear_for)
+
+
+def _log_lines_lost(rule: LogLinesLost) -> tuple[Any, ...]:
+    lines = _Growth()
+
+    def read(view: View) -> Iterator[Reading]:
+        grown = lines.see(view.now, view.lines_lost)
+        says = f"{grown:g} log lines could not be written in {MINUTES} minutes"
+        yield Reading("log", grown, says)
+
+    mark = Mark(rule.above, rule.above, rule.for_, rule.clear_for, past=operator.gt)
+    return read, mark
+
+
+class _Growth:
+    """By how much a count that never falls grew over the recent minutes."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, float]] = deque([(float("-inf"), 0.0)])
+
+    def see(self, now: float, count: float) -> float:
+        seen = self._seen
+        if seen[-1][1] != count:
+            seen.append((now, count))
+        while len(seen) > 1 and seen[1][0] <= now - _WINDOW:
+            seen.popleft()
+        return count - seen[0][1]
+
+
+_MAKERS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
+    "pool_utilisation": _pool_utilisation,
+    "provider_down": _provider_down,
+    "success_rate": _success_rate,
+    "ttft_p95": _ttft_p95,
+    "budget": _budget,
+    "blend_off_target": _blend_off_target,
+    "ledger": _ledger,
+    "queue": _queue,
+    "discovery": _discovery,
+    "log_lines_lost": _log_lines_lost,
+}
