@@ -93,8 +93,8 @@ class Typical:
     billed: float = 0.0  # s, without a cold start
     input: float = 0.0  # tokens
     output: float = 0.0
-    # s that about the quickest one in seventy took as a whole, without a cold start. It begins far
-    # below, so that little is claimed before many were seen; 0: none was.
+    # s that about the quickest one in a hundred took in all, without a cold start. It begins far
+    # below, so that little is claimed before some hundred were seen; 0: none was.
     quickest: float = 0.0
     risked: float = -inf  # monotonic s: when one that had less time was last let through
 

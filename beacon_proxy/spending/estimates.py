@@ -11,7 +11,7 @@ from __future__ import annotations
 from ..contracts import Backend, Live, Outcome, Typical
 
 _WEIGHT = 0.2  # of the newest attempt in the averages: about the last ten count
-_RISE = 1.01  # of `Typical.quickest` with each attempt that took longer: twice as much after 70
+_RISE = 1.005  # of `Typical.quickest` with each attempt that took longer: twice as much after 140
 _CAUTION = 8.0  # it begins at this part of the first one seen
 _MODELS = 64  # names told apart, a backend: clients make them up
 _LONGEST = 128  # characters of one

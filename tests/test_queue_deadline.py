@@ -1,0 +1,287 @@
+"""Who can no longer be answered in time leaves at once, and no GPU works for it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import replace
+from math import inf
+from time import monotonic
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beacon_proxy.contracts import (
+    Exchange,
+    Fault,
+    Live,
+    Outcome,
+    Stage,
+    Timeouts,
+    Typical,
+    Verdict,
+    Warmth,
+)
+from beacon_proxy.errors import Overloaded, UpstreamError
+from beacon_proxy.routing import queue as queue_module
+from beacon_proxy.routing.chooser import Choice, Run
+from beacon_proxy.routing.hopeless import hopeful, needed
+from beacon_proxy.spending.estimates import Estimates
+from middleware.capacity import Capacity
+
+from .kit import BackendConn, RawBackend, RawClient, chat, each_request, proxy
+from .kit_scripts import json_bytes
+from .test_chooser import Scene, backend, exchange, release
+
+GOOD = {"object": "chat.completion", "choices": [{"message": {"content": "whole"}}]}
+NEVER = 1e6
+
+
+def asked(left: float | None, **more: Any) -> Exchange:
+    """An inference with so many seconds left."""
+    deadline = None if left is None else monotonic() + left
+    return exchange(**{"model": "m", "inference": True, "deadline": deadline, **more})
+
+
+def taught(scene: Scene, quickest: float, *, risked: bool = True, name: str | None = None) -> None:
+    """Have every backend, or one, know what its quickest answers of the model `m` took."""
+    for each in scene.fleet.candidates():
+        if name in (None, each.backend.name):
+            when = monotonic() if risked else -inf
+            each.live.typical["m"] = Typical(quickest=quickest, risked=when)
+
+
+def ended(seconds: float, **more: Any) -> Outcome:
+    return replace(
+        Outcome(backend(), 1, Verdict.GOOD, Stage.DONE, duration=seconds, billed=seconds), **more
+    )
+
+
+def scene(*more: Any, **options: Any) -> Scene:
+    rows = more or (backend(max_in_flight=1),)
+    return Scene(*rows, chain=(Capacity(**{"queue_timeout": NEVER, **options}),))
+
+
+# -- what the quickest took
+
+
+def test_quickest_when_one_answer_was_seen_claims_an_eighth_of_it() -> None:
+    live = Live()
+    Estimates().note(live, "m", ended(8.0))
+    assert live.typical["m"].quickest == pytest.approx(1.0, rel=0.02)
+
+
+def test_quickest_when_a_start_was_part_of_it_counts_the_rest() -> None:
+    live, estimates = Live(), Estimates()
+    for _ in range(400):
+        estimates.note(live, "m", ended(12.0, cold_start=10.0))
+    assert live.typical["m"].quickest == pytest.approx(2.0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 1000), slow=st.floats(2.0, 300.0))
+def test_quickest_when_one_in_fifty_takes_1_s_seldom_demands_more(seed: int, slow: float) -> None:
+    """Half of the quickest is demanded: who takes 1 s, and has no more, must nearly always pass."""
+    rng, live, estimates = random.Random(seed), Live(), Estimates()
+    estimates.note(live, "m", ended(slow))
+    refused = short = 0
+    for _ in range(3000):
+        seconds = slow * rng.uniform(0.5, 2.0)
+        if rng.random() < 0.02:
+            seconds, short = 1.0, short + 1
+            refused += needed(live, asked(None), 0.0) > 1.0
+        estimates.note(live, "m", ended(seconds))
+    assert refused <= 0.2 * short
+
+
+def test_needed_is_half_of_the_quickest_of_that_model_and_nothing_where_none_is_known() -> None:
+    live = Live(typical={"m": Typical(quickest=4.0), None: Typical(quickest=9.0)})
+    assert needed(live, asked(1.0), 0.0) == 2.0
+    assert needed(live, asked(1.0, model="other"), 0.0) == 0.0
+    assert needed(live, asked(1.0, model=None), 0.0) == 0.0
+    assert needed(live, asked(1.0, inference=False), 0.0) == 0.0, "a list of models takes no GPU"
+
+
+@pytest.mark.parametrize(
+    ("warmth", "starts", "expected"),
+    [
+        (Warmth.COLD, (30.0, 20.0, 40.0), 12.0),
+        (Warmth.COLD, (30.0, 20.0), 2.0),
+        (Warmth.WARMING, (30.0, 20.0, 40.0), 2.0),
+        (Warmth.UNKNOWN, (30.0, 20.0, 40.0), 2.0),
+    ],
+)
+def test_needed_counts_the_quickest_start_of_a_backend_that_is_told_to_be_cold(
+    warmth: Warmth, starts: tuple[float, ...], expected: float
+) -> None:
+    live = Live(typical={"m": Typical(quickest=4.0)})
+    live.learn_warmth(warmth, until=100.0)
+    for seconds in starts:
+        live.cold_starts.note(seconds)
+    assert needed(live, asked(1.0), 50.0) == expected
+    assert needed(live, asked(1.0), 100.0) == 2.0, "it is believed no more"
+
+
+# -- at the choice
+
+
+def test_try_now_when_too_little_is_left_asks_nobody() -> None:
+    s = scene()
+    taught(s, 10.0)
+    with pytest.raises(UpstreamError) as error:
+        s.chooser.try_now(asked(4.9), "m", ())
+    assert (error.value.status, error.value.fault) == (504, Fault.DEADLINE)
+    assert (error.value.stage, error.value.sent) == (Stage.QUEUE, False)
+    assert s.chooser.try_now(asked(5.5), "m", ()) is not None
+
+
+def test_try_now_when_nothing_is_known_lets_everybody_try() -> None:
+    s = scene(backend(max_in_flight=9))
+    assert s.chooser.try_now(asked(0.001), "m", ()) is not None
+    taught(s, 10.0)
+    assert s.chooser.try_now(asked(None), "m", ()) is not None
+    assert s.chooser.try_now(asked(0.5, inference=False), "m", ()) is not None
+
+
+def test_try_now_when_one_is_too_slow_asks_the_other() -> None:
+    s = scene(backend("slow"), backend("quick"))
+    taught(s, 60.0, name="slow")
+    choice = s.chooser.try_now(asked(5.0), "m", ())
+    assert choice is not None
+    assert choice.candidate.backend.name == "quick"
+
+
+def test_try_now_counts_the_total_time_of_a_backend_as_its_deadline() -> None:
+    s = scene(backend(timeouts=Timeouts(total=30.0)))
+    taught(s, 100.0)
+    with pytest.raises(UpstreamError, match="too little time"):
+        s.chooser.try_now(asked(None), "m", ())
+
+
+def test_try_now_learns_from_good_answers_what_is_hopeless() -> None:
+    s = scene(backend(max_in_flight=9))
+    (candidate,) = s.fleet.candidates()
+    refused = []
+    for number in range(600):
+        for typical in candidate.live.typical.values():
+            typical.risked = monotonic()
+        try:
+            choice = s.chooser.try_now(asked(3.0), "m", ())
+        except UpstreamError:
+            refused.append(number)
+        else:
+            assert choice is not None
+            release(choice.permits)
+        s.fleet.note(asked(None), ended(8.0), candidate.live)
+    assert refused == list(range(refused[0], 600)), "once it is known it stays known"
+    assert 300 < refused[0] < 450, "8 s are believed after some hundred answers"
+    assert s.chooser.try_now(asked(4.5), "m", ()) is not None
+
+
+def test_hopeful_risks_one_in_ten_seconds_so_that_it_can_be_proven_wrong() -> None:
+    """A kind of request that was never let through could never be seen to be quick."""
+    s = scene()
+    taught(s, 10.0, risked=False)
+    now, tried = monotonic(), []
+    for tenths in range(250):
+        at = now + tenths / 10
+        tried += [at] * len(hopeful(asked(4.0, deadline=at + 4.0), s.fleet.candidates(), at))
+    assert [round(at - now) for at in tried] == [0, 10, 20]
+
+
+# -- in the queue
+
+
+@pytest.fixture
+def _no_recheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_module, "RECHECK", NEVER)
+
+
+def waits(s: Scene, exchange: Exchange, name: str = "waiter") -> asyncio.Task[Choice]:
+    waiting = s.chooser.choose(exchange, "m", (), Run(), patient=True)
+    return asyncio.create_task(waiting, name=name)
+
+
+@pytest.mark.usefixtures("_no_recheck")
+async def test_queue_when_a_deadline_becomes_hopeless_lets_it_go_before_the_deadline() -> None:
+    s = scene()
+    first = s.chooser.try_now(asked(None), "m", ())
+    assert first is not None
+    taught(s, 19.8)
+    began = monotonic()
+    with pytest.raises(UpstreamError, match="too little time"):
+        await waits(s, asked(10.0))
+    assert 0.05 < monotonic() - began < 5.0, "10 s are left, 9.9 are needed"
+    assert (len(s.queue), s.queue.owed) == (0, 0)
+    release(first.permits)
+
+
+@pytest.mark.usefixtures("_no_recheck")
+async def test_queue_when_who_is_woken_is_hopeless_by_then_gives_the_slot_to_the_next() -> None:
+    s = scene()
+    first = s.chooser.try_now(asked(None), "m", ())
+    assert first is not None
+    hurried, patient = waits(s, asked(3.0), "hurried"), waits(s, asked(None), "patient")
+    await asyncio.sleep(0)
+    assert len(s.queue) == 2
+    taught(s, 10.0)
+    release(first.permits)
+    s.queue.released("b")
+    choice = await asyncio.wait_for(patient, 2)
+    with pytest.raises(UpstreamError):
+        await hurried
+    assert (len(s.queue), s.queue.owed) == (0, 0)
+    release(choice.permits)
+
+
+async def test_queue_when_many_wait_ahead_refuses_nobody_for_a_guess() -> None:
+    """How long those ahead will take is not known; only what a backend needs at least is."""
+    s = scene(max_queue=50)
+    first = s.chooser.try_now(asked(None), "m", ())
+    assert first is not None
+    taught(s, 2.0)
+    crowd = [waits(s, asked(60.0)) for _ in range(50)]
+    await asyncio.sleep(0)
+    assert len(s.queue) == 50
+    with pytest.raises(Overloaded):
+        await waits(s, asked(60.0))
+    for each in crowd:
+        each.cancel()
+    await asyncio.gather(*crowd, return_exceptions=True)
+    assert len(s.queue) == 0
+    release(first.permits)
+
+
+# -- through the proxy
+
+
+async def whole(conn: BackendConn) -> None:
+    async for _ in each_request(conn):
+        await conn.send(json_bytes(GOOD))
+
+
+@pytest.mark.parametrize("path", ["verbatim", "translated"])
+async def test_proxy_when_the_deadline_is_hopeless_answers_504_and_asks_no_backend(
+    path: str,
+) -> None:
+    async with RawBackend(whole) as server, proxy(server) as p:
+        (candidate,) = p.app.fleet.candidates()
+        candidate.live.typical["m"] = Typical(quickest=1000.0, risked=monotonic())
+        limit = [("X-Beacon-Timeout", "20")]
+        async with RawClient(p.port) as client:
+            if path == "verbatim":
+                got = await client.ask(chat(headers=limit))
+                assert (got.status, got.json["error"]["code"]) == (504, "upstream_timeout")
+            else:
+                body = b'{"model": "m", "prompt": "hi"}'
+                head = b"POST /inference HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                rest = b"X-Beacon-Timeout: 20\r\nContent-Length: %d\r\n\r\n" % len(body)
+                got = await client.ask(head + rest + body)
+                assert (got.status, got.json["success"]) == (200, False)
+            assert server.requests == []
+            assert (await client.ask(chat())).status == 200
+        lines = await p.exchanges(2)
+        assert lines[0]["attempts"] == []
+        assert candidate.live.success == 1.0, "no fault of the backend"
