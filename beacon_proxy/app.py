@@ -39,6 +39,7 @@ from .wire.wheel import Wheel
 
 if TYPE_CHECKING:
     from .discovery.refresh import Refresher
+    from .ledger import Ledger
     from .scaling.scaler import Scaler
 
 BACKLOG = 1024  # connections the kernel holds while the loop is busy
@@ -99,6 +100,7 @@ class App:
             notify=self.telemetry.notify,
         )
         self._refresher = self._discovery() if settings.discovery else None
+        self._ledger = self._make_ledger() if settings.ledger.path else None
         self.pipeline: Pipeline
         self._load: Load
         self._watch: Watch | None = None
@@ -115,9 +117,10 @@ class App:
         self._pool = Pool(loop, self._wheel)
         self._pool.keeps, self.fleet.on_left = self.fleet.keeps, self._pool.forget
         performance = Performance(self.telemetry.windows, self.telemetry.notify)
-        # Last of all: who finds no room on a backend must not hold money for it.
+        # Last: who finds no room on a backend must not hold money for it, nor write what none took.
         budgets = [self.budgets] if self._settings.budgets else []
-        chain = Chain.of([*self._middlewares(), performance, *budgets])
+        ledger = [] if self._ledger is None else [self._ledger]
+        chain = Chain.of([*self._middlewares(), performance, *budgets, *ledger])
         self._watch = watch = self._alerts(chain)
         wire = Wire(loop, self._wheel, self._pool, self._carriers)
         self.pipeline = Pipeline(self.fleet, chain, wire, self.telemetry, self.budgets)
@@ -220,6 +223,17 @@ class App:
             unix=telemetry.unix,
             notify=telemetry.notify,
             sender=sender,
+        )
+
+    def _make_ledger(self) -> Ledger:
+        from .ledger import Ledger  # brings SQLite
+
+        options = self._settings.ledger
+        return Ledger(
+            options.path,
+            flush_interval=options.flush_interval,
+            retention_days=options.retention_days,
+            notify=self.telemetry.notify,
         )
 
     def _middlewares(self) -> list[object]:

@@ -62,7 +62,8 @@ class Contender:
 class Beacon(Contender):
     name = "beacon-proxy"
     note = (
-        "default but for max_in_flight and models, five backends in two regions, log and metrics on"
+        "default but for max_in_flight and models, five backends in two regions, log, metrics and"
+        " ledger on"
     )
 
     def version(self) -> str:
@@ -84,7 +85,9 @@ class Beacon(Contender):
             row |= {"url": f"http://{HOST}:{backend}", "max_in_flight": 10_000}
             row |= {"models": [work.MODEL]}
         config = folder / "beacon.yaml"
-        config.write_text(json.dumps({"server": {"host": HOST, "port": port}, "backends": rows}))
+        chosen = {"server": {"host": HOST, "port": port}, "backends": rows}
+        ledger = {"path": os.fspath(folder / "beacon.db")}  # as by default, but for the place
+        config.write_text(json.dumps(chosen | {"ledger": ledger}))
         return [sys.executable, "-m", "beacon_proxy", "serve", "--config", config]
 
     def access_log(self, folder: Path, output: Path) -> Path | None:

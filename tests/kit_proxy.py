@@ -155,13 +155,14 @@ async def proxy(
     RawBackends alone: provider openai, region us-east, named b0, b1, ….
 
     `providers` are plugins beside the built-in ones. `overrides` are top-level keys of beacon.yaml;
-    `server` and `timeouts` are merged into the kit's own. At the end every permit must be back,
-    unless `leaks` says that the test looks itself.
+    `server` and `timeouts` are merged into the kit's own; without a `ledger` none is kept. At the
+    end every permit must be back, unless `leaks` says that the test looks itself.
     """
     from beacon_proxy.app import App
     from beacon_proxy.config import load_settings
 
     document = {
+        "ledger": {"path": ""},
         **overrides,
         "server": {**SERVER, **overrides.get("server", {})},
         "timeouts": {**TIMEOUTS, **overrides.get("timeouts", {})},

@@ -317,17 +317,6 @@ def test_backend_when_its_url_is_split_keeps_every_part(
 
 
 @pytest.mark.parametrize(
-    ("more", "path"),
-    [
-        ("ledger: {path: other.db}", "ledger"),
-    ],
-)
-def test_warning_when_a_section_has_no_effect_yet_names_it(more: str, path: str) -> None:
-    lines = load(f"{ROW}\n{more}").warnings
-    assert lines == [f"{path}: accepted, but this version does not act on it yet"]
-
-
-@pytest.mark.parametrize(
     ("more", "lines"),
     [
         ("budgets: [{name: b, per: day, usd: 1}]\nlimits: {max_price_per_request: 1}", []),
@@ -350,6 +339,16 @@ def test_warning_when_a_budget_holds_less_than_it_seems_to_says_why(
 ) -> None:
     told = load(f"{ROW}\n{more}").warnings
     assert [line for line in told if not line.startswith("ledger")] == lines
+
+
+def test_warning_when_the_folder_of_the_ledger_is_not_there_names_it(tmp_path: Path) -> None:
+    def warnings(path: Path | str) -> list[str]:
+        return load(f"{ROW}\nledger: {{path: '{path}'}}").warnings
+
+    assert warnings(tmp_path / "none" / "beacon.db") == [
+        f"ledger.path: nothing is recorded while there is no folder {tmp_path}/none"
+    ]
+    assert warnings(tmp_path / "beacon.db") == warnings("other.db") == warnings("") == []
 
 
 def test_token_price_when_configured_replaces_the_providers_price_per_second() -> None:

@@ -7,6 +7,7 @@ These models are the one source: beacon.schema.json and beacon.example.yaml are 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
@@ -114,10 +115,7 @@ class Settings(Section):
     @property
     def warnings(self) -> list[str]:
         """What is set, and valid, but has no effect, and why; one line a key."""
-        later = ["ledger"]
-        paths = [key for key in later if getattr(self, key) != _default(Settings, key)]
-        yet = [f"{path}: accepted, but this version does not act on it yet" for path in paths]
-        return [*yet, *self._of_budgets()] + [
+        return [*_nowhere(self.ledger), *self._of_budgets()] + [
             f"backends[{index}].{key}: has no effect without price_model: rented"
             for index, row in enumerate(self.backends)
             if row.price_model != "rented"
@@ -139,6 +137,14 @@ class Settings(Section):
 
 
 _OF_RENT = ("price_per_hour", "price_glm_per_hour", "rented_until")
+
+
+def _nowhere(ledger: Ledger) -> list[str]:
+    """That nothing will be recorded, where that is plain before the start."""
+    folder = Path(ledger.path).parent
+    if not ledger.path or folder.is_dir():
+        return []
+    return [f"ledger.path: nothing is recorded while there is no folder {folder}"]
 
 
 def _default(model: type[BaseModel], key: str) -> Any:

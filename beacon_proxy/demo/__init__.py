@@ -54,10 +54,12 @@ def run_demo(port: int = 8080, *, ollama: str = OLLAMA) -> int:
         model = _start(children, ollama)
         plugins = Plugins.discover()
         urls = [child.url for child in children] or [ollama] * len(CAST)
-        settings = _settings(urls, model, _free(port), plugins)
-        app = App(settings, plugins, env={}, log=readable_log())
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(app, model, began, children))
+        # A ledger as in earnest, so that /costs answers from one; nothing is left behind.
+        with tempfile.TemporaryDirectory() as folder:
+            settings = _settings(urls, model, _free(port), Path(folder, "beacon.db"), plugins)
+            app = App(settings, plugins, env={}, log=readable_log())
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(_serve(app, model, began, children))
     except (Unavailable, ConfigError, OSError) as error:
         print(f"beacon-proxy demo: {error}", file=sys.stderr)
         return 1
@@ -117,10 +119,13 @@ def _free(port: int) -> int:
     raise Unavailable(f"no free port from {port} on; try --port")
 
 
-def _settings(urls: Sequence[str], model: str, port: int, plugins: Plugins) -> Settings:
+def _settings(
+    urls: Sequence[str], model: str, port: int, ledger: Path, plugins: Plugins
+) -> Settings:
     """What a beacon.yaml for these backends says."""
     document: dict[str, Any] = {
         "server": {"host": "127.0.0.1", "port": port, "region": "us-east"},
+        "ledger": {"path": str(ledger)},
         "backends": [
             {"name": name, "provider": provider, "kind": kind, "region": region, "url": url}
             | {"models": [model], "max_in_flight": SLOTS}

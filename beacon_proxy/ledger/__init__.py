@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .schema import LedgerError
 from .spent import Spent, spent_since
+from .writer import Ledger
 
-__all__ = ["LedgerError", "Spent", "spent_since"]
+__all__ = ["Ledger", "LedgerError", "Spent", "spent_since"]

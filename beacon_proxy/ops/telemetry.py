@@ -41,6 +41,7 @@ LEVELS = {
     "fleet.panicked": "warning",
     "gauges.failed": "error",
     "job.left_behind": "warning",
+    "ledger.failed": "error",
     "observe.failed": "error",
     "performance.stopped": "error",
     "probe.failed": "warning",

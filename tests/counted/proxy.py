@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import CodeType, FrameType, ModuleType
 from typing import Any
 
@@ -162,8 +163,11 @@ def _plugins() -> Plugins:
     return Plugins(found.providers, {**found.middleware, "dear": Dear})
 
 
-async def _serve(document: dict[str, Any], control: socket.socket) -> None:
-    with written(document) as path:
+async def _serve(document: dict[str, Any], control: socket.socket, folder: str) -> None:
+    # As by default, but for the place, and for the interval: in one so long the loop never has to
+    # wake the ledger's thread; how often it had to would depend on the clock.
+    ledger = {"path": str(Path(folder, "beacon.db")), "flush_interval": 3600}
+    with written({**document, "ledger": ledger}) as path:
         settings = load_settings(path, {}, _plugins())
     app = App(settings, _plugins(), env={})
     await app.start()
@@ -175,5 +179,9 @@ async def _serve(document: dict[str, Any], control: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(json.loads(sys.argv[2]), socket.socket(fileno=int(sys.argv[1]))))
+    with (
+        TemporaryDirectory() as folder,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        control = socket.socket(fileno=int(sys.argv[1]))
+        runner.run(_serve(json.loads(sys.argv[2]), control, folder))

@@ -1,0 +1,146 @@
+"""The ledger's file as its writer sees it: all of a batch is in it, or none.
+
+WAL with `synchronous = NORMAL`: what a transaction has written survives the end of this process,
+however it ends. The loss of power may take the last transactions, and leaves the file whole.
+(https://www.sqlite.org/pragma.html#pragma_synchronous)
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+
+from .rows import COLUMNS, NULLABLE, RARE, Row, mended
+from .schema import LedgerError, prepare
+
+BUSY = 1.0  # s to wait for another process that writes
+# Bytes that the log keeps once it is written back, which it is at 4 MB if nobody is reading then.
+WAL_KEPT = 16 << 20
+
+# Each call of SQLite lets go of Python's lock and takes it back four times, and a busy event loop
+# is in no hurry to return it. More rows a call than the most here make no difference.
+_SIZES = (64, 8, 1)
+
+
+class _Insert:
+    """The statements for rows of these columns, one for each number of rows at once."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        marks = ", ".join("nullif(?, '')" if name in NULLABLE else "?" for name in columns)
+        into = f"INSERT INTO attempts ({', '.join(columns)}) VALUES"
+        self._by_size = [(n, f"{into} {', '.join([f'({marks})'] * n)}") for n in _SIZES]
+
+    def run(self, connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
+        start = 0
+        for size, statement in self._by_size:
+            while len(rows) - start >= size:
+                values = tuple(chain.from_iterable(rows[start : start + size]))
+                connection.execute(statement, values)
+                start += size
+
+
+_USUAL, _RARE = _Insert(COLUMNS), _Insert((*COLUMNS, *RARE))
+_TRIM = """
+DELETE FROM attempts WHERE id IN
+  (SELECT id FROM attempts WHERE ended_unix < ? ORDER BY ended_unix LIMIT ?)"""
+
+_UNFIT = (OverflowError, UnicodeEncodeError, sqlite3.IntegrityError)
+
+
+class Store:
+    """One connection, of one thread. After an error it is closed; the next call opens it anew."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(os.path.abspath(path))  # wherever this process may go
+        self._connection: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._connection is not None
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Add rows in one transaction; without any only see to it that the file is open.
+
+        Raises:
+            LedgerError: none of them is in the file.
+        """
+        try:
+            connection = self._connection or self._open()
+            if rows:
+                self._is_still_there(connection)
+                try:
+                    _insert(connection, rows)
+                except _UNFIT:
+                    connection.execute("ROLLBACK")
+                    _insert(connection, [mended(row) for row in rows])
+                self._is_still_there(connection)
+        except (sqlite3.Error, LedgerError) as error:
+            self.close()
+            raise LedgerError.of(error) if isinstance(error, sqlite3.Error) else error from error
+
+    def trim(self, before_unix: float, most: int) -> int:
+        """Delete at most so many of the oldest rows that ended before a time; how many it were.
+
+        Raises:
+            LedgerError: none was.
+        """
+        try:
+            connection = self._connection or self._open()
+            return connection.execute(_TRIM, (before_unix, most)).rowcount
+        except sqlite3.Error as error:
+            self.close()
+            raise LedgerError.of(error) from error
+
+    def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(sqlite3.Error):  # what an open transaction held is still the caller's
+                connection.close()
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)
+        try:
+            prepare(connection)  # first: a file that is not ours stays as it is
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute(f"PRAGMA journal_size_limit = {WAL_KEPT}")
+            self._file = _identity(self.path)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        return connection
+
+    def _is_still_there(self, connection: sqlite3.Connection) -> None:
+        """A file that was deleted or moved can be written to, and who looks for it finds another.
+
+        Asked before rows are written, so that they are in one file alone; and after, so that none
+        is in one that is no more.
+        """
+        if _identity(self.path) == self._file:
+            return
+        # The log still has our name, and another file of that name would be taken to belong to it.
+        # What it holds goes to where it belongs: the file that was moved is whole.
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        raise LedgerError("deleted", "the file was deleted, moved or replaced")
+
+
+def _insert(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    usual = len(COLUMNS)
+    connection.execute("BEGIN IMMEDIATE")
+    _USUAL.run(connection, [row for row in rows if len(row) == usual])
+    _RARE.run(connection, [row for row in rows if len(row) != usual])
+    connection.execute("COMMIT")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
