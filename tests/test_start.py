@@ -54,7 +54,7 @@ sys.exit(main())
 
 # Of `serve`: modules that are not Python's own, those of the proxy included. A package that is
 # needed raises this number in the commit that brings it; an innocent import does not.
-MODULES = 324
+MODULES = 362
 
 OTHERS = {
     "anthropic": "of the tests",
