@@ -23,6 +23,7 @@ from .api.inference import PATHS, Inference
 from .api.protocol import HEAD_TIMEOUT, ClientServer
 from .api.server import Api
 from .config import Settings, resolve_backends
+from .errors import told
 from .fleet.fleet import Fleet
 from .fleet.load import Load
 from .ops.performance import Performance
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .ledger import Ledger
     from .scaling.scaler import Scaler
 
+_REMEMBERS = 20.0  # s that the start waits for what was spent before
 BACKLOG = 1024  # connections the kernel holds while the loop is busy
 
 
@@ -130,6 +132,7 @@ class App:
         self._http = ClientServer(
             self._api(loop), loop, self._wheel, head_timeout=self._head_timeout
         )
+        await self._remember_spending()
         self._server = await loop.create_server(
             self._http, server.host, server.port, backlog=BACKLOG, reuse_address=True
         )
@@ -150,6 +153,20 @@ class App:
         self.telemetry.notify(
             "server.started", port=self.port, backends=len(self.backends), version=__version__
         )
+
+    async def _remember_spending(self) -> None:
+        """Let budgets go on from what the ledger holds of their windows, before all else."""
+        if self._ledger is None or not self._settings.budgets:
+            return
+        from .ledger import LedgerError, spent_since
+
+        path = self._settings.ledger.path
+        try:
+            async with asyncio.timeout(_REMEMBERS):
+                for since in self.budgets.windows():
+                    self.budgets.restore(since, await asyncio.to_thread(spent_since, path, since))
+        except (LedgerError, TimeoutError) as exc:  # it serves all the same; the operator is told
+            self.telemetry.notify("budget.forgot", error=told(exc))
 
     def _scaler(self) -> Scaler | None:
         """Who scales the backends that are this instance's to scale; None: there are none."""

@@ -30,6 +30,7 @@ LEVELS = {
     "autoscale.stopped": "error",
     "backend.ejected": "warning",
     "budget.exhausted": "warning",
+    "budget.forgot": "error",
     "carry.failed": "error",
     "check.failed": "warning",
     "config.ignored": "warning",
