@@ -309,7 +309,8 @@ outcomes = st.builds(
     sent=st.booleans(),
     ttft=st.none() | seconds,
     duration=seconds,
-    usage=st.none() | st.builds(Usage, st.integers(0, 1 << 60), st.integers(0, 1 << 60)),
+    usage=st.none()
+    | st.builds(Usage, st.integers(0, 1 << 60), st.integers(0, 1 << 60), st.booleans()),
     detail=odd_text,
 )
 exchanges = st.builds(
@@ -392,6 +393,7 @@ def plainly(of: Exchange, end: dict[str, Any]) -> dict[str, Any]:
         "queued_s": number(end["queued"]),
         "bytes_in": end["bytes_in"],
         "bytes_out": end["bytes_out"],
+        **({"tokens_estimated": True} if any(usage.estimated for usage in usages) else {}),
     }
 
 

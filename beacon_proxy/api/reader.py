@@ -90,6 +90,7 @@ class Reader:
         self.reading = Reading(
             "", read.done or said.done, _both(said.usage, read.usage), None, extra
         )
+        self._tell(self._answer)
         if self._stream and read.text:
             self._line({"response": read.text, "done": False})
 
@@ -97,6 +98,12 @@ class Reader:
         assert self._backend is not None
         assert self._provider is not None
         return read_document(self._backend, self._provider, data)
+
+    def _tell(self, answer: Answer | None) -> None:
+        """Tell the counts as the provider reads them: some families have names of their own."""
+        usage = self.reading.usage
+        if usage is not None and answer is not None:
+            answer.told = usage.input or None, usage.output
 
     def _refuse_as(self, read: Reading | None) -> None:
         """By what was read: an error, nothing, or no JSON at all."""
@@ -113,11 +120,13 @@ class Reader:
         if self._events:
             if rest := bytes(self._rest.strip()):
                 self._event(rest)  # the last line, where nothing ends it
+            self._tell(answer)
             self.reading = replace(self.reading, text="".join(self._texts))
         elif self.problem is None:
             body = bytes(self._rest)
             read = self._read(body)
             self.reading = read or Reading()
+            self._tell(answer)
             if self.status is not None and self.status >= 300:
                 self.problem = self.reading.error or _words(body, self.status)
             else:

@@ -244,7 +244,9 @@ class Metrics(Collector):
             "beacon_cold_start_seconds", "What backends took to start.", labels=("backend",)
         )
         tokens = CounterMetricFamily(
-            "beacon_tokens", "Tokens as backends count them.", labels=("backend", "direction")
+            "beacon_tokens",
+            "Tokens as backends count them, else estimated.",
+            labels=("backend", "direction"),
         )
         usd = CounterMetricFamily(
             "beacon_cost_usd", "Spend, as the attempts that ended were billed.", labels=("backend",)

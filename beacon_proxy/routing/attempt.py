@@ -15,6 +15,7 @@ from ..contracts import (
     Outcome,
     Provider,
     Stage,
+    Usage,
     Verdict,
     Warmth,
 )
@@ -29,6 +30,7 @@ from ..wire.pool import Pool
 from ..wire.rename import Renaming
 from ..wire.request import Outgoing, Source
 from ..wire.upload import ClientGone, Upload
+from ..wire.usage import LARGE, guess_input, text_size
 from ..wire.wheel import Wheel
 from .carry import carry_by
 from .judge import Judgement, of_fault
@@ -36,6 +38,7 @@ from .judge import Judgement, of_fault
 # Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
 _NEUTRAL, _STRIKE = Verdict.NEUTRAL, Verdict.STRIKE
 _DEADLINE, _CONNECT = Fault.DEADLINE, Stage.CONNECT
+_DOCUMENT = Shape.DOCUMENT
 _WARM, _UNKNOWN, _WARMING = Warmth.WARM, Warmth.UNKNOWN, Warmth.WARMING
 
 
@@ -64,6 +67,7 @@ class Attempt:
     """
 
     __slots__ = (
+        "_asked_size",
         "_upload_of",
         "_uploading",
         "_was",
@@ -101,6 +105,7 @@ class Attempt:
         self.flow: Connection | Carried | None = None
         self._uploading: asyncio.Task[None] | None = None
         self._upload_of: Upload | None = None
+        self._asked_size = 0
         self.candidate = candidate
         self.backend: Backend = candidate.backend
         self.answer: Answer | None = None
@@ -126,7 +131,9 @@ class Attempt:
         request goes once more over a fresh one (RFC 9110 9.2.2). A request that may not be repeated
         is never put on an idle connection.
         """
-        self._upload_of = source.upload
+        self._upload_of = upload = source.upload
+        if upload is not None and upload.size > LARGE and upload.body is not None:
+            self._asked_size = text_size(upload.body)  # it will be let go of
         hooks = self.hooks
         if hooks.carry is not None and hooks.carries is not None and hooks.carries(self.backend):
             await carry_by(hooks.carry, self, source, lone)
@@ -330,18 +337,23 @@ class Attempt:
         elif fault is _DEADLINE and self._waited_out(now):
             verdict = _STRIKE
         if answer is None:
-            stage, status, committed, size, usage, ttft = _CONNECT, None, False, 0, None, None
+            stage, status, committed, size, ttft = _CONNECT, None, False, 0, None
+            given = made = None
             billed = now - self.billed_from if self.sent else 0.0
         else:
             stage, status, committed = answer.stage, answer.status, answer.committed
-            size, usage, ttft = answer.size, answer.usage, answer.first_content
+            size, ttft = answer.size, answer.first_content
+            given, made = answer.told
             billed = now - self.billed_from if answer.billed is None else answer.billed
             if ttft is not None:
                 ttft -= self.started
-            if answer.watch is not None:
-                usage = answer.watch.usage()
-                if answer.cold_start is None:
-                    answer.cold_start = answer.watch.load()
+            if answer.watch is not None and answer.cold_start is None:
+                answer.cold_start = answer.watch.load
+        usage: Usage | None = None
+        if given is not None and made is not None:
+            usage = Usage(given, made)
+        elif self.sent and self.exchange.inference:
+            usage = self._usage(verdict)
         return Outcome(
             self.backend,
             self.number,
@@ -364,6 +376,37 @@ class Attempt:
             price_of(self.backend, billed, usage),
             self.expected_usd,
         )
+
+    def _usage(self, verdict: Verdict) -> Usage | None:
+        """Tokens that were spent; None: none, as far as anybody can know."""
+        answer, exchange, upload = self.answer, self.exchange, self._upload_of
+        if answer is None or answer.status is None:
+            # A backend that was left has read the prompt; what a silent failure did nobody bills.
+            read = verdict is _NEUTRAL and (upload is None or upload.complete)
+            return Usage(self._guess_input(), 0, estimated=True) if read else None
+        if answer.status >= 300 or exchange.path.endswith("/count_tokens"):
+            return None
+        given, made = answer.tokens()
+        if given is not None and made is not None:
+            return Usage(given, made)
+        guess, ran = answer.guess()
+        if given is None and made is None and not ran and verdict is not _NEUTRAL:
+            return None
+        if answer.shape is _DOCUMENT and exchange.prompt is None:  # embeddings, a reranking
+            guess, made = 0, 0
+        if given is not None and made is not None:
+            return Usage(given, made)
+        return Usage(
+            self._guess_input() if given is None else given,
+            guess if made is None else made,
+            estimated=True,
+        )
+
+    def _guess_input(self) -> int:
+        prompt, upload = self.exchange.prompt, self._upload_of
+        if prompt is not None:
+            return guess_input(len(prompt.prompt))
+        return guess_input(self._asked_size or (upload.size if upload is not None else 0))
 
     def _cold_start(self, ttft: float | None) -> float | None:
         """What a start cost, by who knows it best: the backend, its provider, or our own clock."""

@@ -20,7 +20,7 @@ from ..contracts import Backend, Candidate, Exchange, Fault, Finding, Provider, 
 from ..wire.answer import Answer
 from ..wire.expect import HOLD_CAP
 from ..wire.headers import AnswerHead, find
-from ..wire.watch import load_in, usage_in, usage_of
+from ..wire.usage import NOTHING, load_of, told_by
 
 _VERDICTS = {
     Fault.BUSY: Verdict.BUSY,
@@ -166,9 +166,9 @@ def _judge_document(answer: Answer, body: bytes) -> Judgement:
         return _GOOD
     if document.get("error"):
         return _judge_error(body)
-    answer.usage = usage_of(document) or usage_in(body[-4096:])
+    answer.told = told_by(document)
     if "load_duration" in document:
-        answer.cold_start = load_in(body)
+        answer.cold_start = load_of(document)
     return _GOOD
 
 
@@ -177,10 +177,10 @@ def _judge_reading(backend: Backend, provider: Provider, answer: Answer, body: b
     reading = read_document(backend, provider, body)
     fault, detail = fault_in(reading)
     if fault is not None:
-        answer.usage = None  # nothing in it is believed
+        answer.told = NOTHING  # nothing in it is believed
         return Judgement(Verdict.STRIKE, fault, detail=detail, elsewhere=True)
     if reading is not None and reading.usage is not None:
-        answer.usage = reading.usage
+        answer.told = reading.usage.input or None, reading.usage.output
     return _GOOD
 
 

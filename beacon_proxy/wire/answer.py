@@ -16,10 +16,11 @@ from math import inf
 from time import monotonic
 from typing import Protocol
 
-from ..contracts import Fault, Headers, Stage, Timeouts, Usage
+from ..contracts import Fault, Headers, Stage, Timeouts
 from .dialects import Shape, error_event
 from .expect import GRACE, HOLD_CAP, Framing, Hold, hold_for
 from .headers import AnswerHead
+from .usage import NOTHING, Ends, Told, guess_output, told_by
 from .watch import Watch
 
 # Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
@@ -81,12 +82,13 @@ class Answer:
         deadline: it must be over.
         answer_by: it must have begun, for another backend could still answer.
         lone: no other backend stands ready.
-        usage: tokens, where a whole answer was read for them.
+        told: tokens that the backend counted, where a whole answer was read for them.
         cold_start: s that the backend took to start, where it, or its provider, says so.
         billed: s that its provider says it bills; None: it does not say.
     """
 
     __slots__ = (
+        "_ends",
         "_flow",
         "_hold",
         "_loop",
@@ -120,9 +122,9 @@ class Answer:
         "stage",
         "status",
         "stream",
+        "told",
         "trailers",
         "upgrade",
-        "usage",
         "watch",
     )
 
@@ -166,7 +168,8 @@ class Answer:
         self.sending = False
         self.fault: Fault | None = None
         self.detail = ""
-        self.usage: Usage | None = None
+        self.told = NOTHING
+        self._ends: Ends | None = None  # of a document that is passed on before it is whole
         self.cold_start: float | None = None
         self.billed: float | None = None
         self.sent_at = self.last = 0.0
@@ -230,6 +233,8 @@ class Answer:
         watch = self.watch
         if watch is not None:
             watch.feed(data)
+        elif self._ends is not None:
+            self._ends.feed(data)
         if self.first_content is None and (watch is None or watch.content):
             self.first_content = now
         sink = self._sink
@@ -300,6 +305,10 @@ class Answer:
                 self.fail(self.fault or Fault.CLOSED, self.detail)
             sink.flush()
             return
+        if self.watch is None and self.inference and not self.coded:
+            self._ends = Ends()
+            for piece in held:
+                self._ends.feed(piece)
         sink.flush()
         if self._flow is not None:
             self._flow.resume_reading()
@@ -328,6 +337,29 @@ class Answer:
         """Whether the client was sent the end marker, and nothing but the framing is missing."""
         watch = self.watch
         return self.committed and watch is not None and watch.ended and not watch.error
+
+    def tokens(self) -> Told:
+        """Tokens as the backend counted them, as far as it has said."""
+        if self.watch is not None:
+            told = self.watch.told()
+            return self.told if told == NOTHING else told
+        if self.told == NOTHING and self._ends is not None:
+            return told_by(self._ends.document())
+        return self.told
+
+    def guess(self) -> tuple[int, bool]:
+        """Output tokens by what passed, and whether any of an answer did."""
+        watch = self.watch
+        if watch is not None:
+            return watch.events, watch.content
+        ran = self.size > 0 and (self.committed or self.fault is not None)
+        return guess_output(self.size, self.coded), ran
+
+    @property
+    def coded(self) -> bool:
+        """Whether the body is in a content coding."""
+        coding = self.head.coding if self.head is not None else None
+        return coding is not None and coding.lower() != b"identity"
 
     @property
     def readable(self) -> bool:

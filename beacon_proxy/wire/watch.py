@@ -1,12 +1,14 @@
-"""Reading an answer's stream as it passes: first content, an error inside it, its end marker.
+"""Reading an answer's stream as it passes: first content, an error in it, its end, its tokens.
 
 A 200 head says little: vLLM sends it with an empty role chunk while the request still queues, and
 a cut stream looks like a short one. So a `Watch` reads an answer as it passes and tells three
 moments: the first *content*, an *error* said inside the answer, and the dialect's *end* marker. It
-keeps one event at most, whatever the length of the stream, and never changes a byte.
+keeps the last piece and one event at most, whatever the length of the stream, and never changes a
+byte.
 
-Before the first content each event is parsed; after it only those that hold a literal of an end or
-an error. The literal alone is no proof: tool arguments may hold any JSON.
+Before the first content each event is parsed; after it only those that hold a literal of an end, an
+error or the counts of tokens. The literal alone is no proof: tool arguments may hold any JSON. What
+passes between is only counted, in lines, for the case that nobody says how many tokens it was.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from typing import Any
 
 import orjson
 
-from ..contracts import Usage
 from .dialects import Shape
+from .usage import NOTHING, Ends, Tally, Told, load_of
 
 _LINE_MAX = 256 << 10  # bytes of one event that are kept until it is complete
 _LONGEST = 32  # bytes; no hint below is longer
-_TAIL = 2048  # bytes kept for the event boundary, and for usage at the end
-_TRIM = _TAIL + 512  # bytes from which on the tail is cut: not at each piece
+_BLANKS = 4  # bytes; no event is as short
+_BEFORE = 4096  # bytes kept of what came before a piece that ends an event, and no more
 
 
 class Sign(StrEnum):
@@ -70,7 +72,7 @@ def _read_responses(event: dict[str, Any]) -> Sign:
     return Sign.NOTHING if kind in _RESPONSES_NOTHING else Sign.CONTENT
 
 
-_MESSAGES_NOTHING = {"message_start", "ping", "content_block_start"}
+_MESSAGES_NOTHING = {"message_start", "ping", "content_block_start", "message_delta"}
 
 
 def _read_messages(event: dict[str, Any]) -> Sign:
@@ -79,9 +81,7 @@ def _read_messages(event: dict[str, Any]) -> Sign:
         return Sign.ERROR
     if kind == "message_stop":
         return Sign.LAST
-    return (
-        Sign.NOTHING if kind in ("message_start", "ping", "content_block_start") else Sign.CONTENT
-    )
+    return Sign.NOTHING if kind in _MESSAGES_NOTHING else Sign.CONTENT
 
 
 def _read_ollama(event: dict[str, Any]) -> Sign:
@@ -99,72 +99,33 @@ _READERS = {
     Shape.MESSAGES: _read_messages,
     Shape.OLLAMA: _read_ollama,
 }
-# A line that holds none of the four is neither an end nor an error; one that does is parsed.
+_DONE = b"[DONE]"
+# A line that holds none of the four says nothing but content; one that does is parsed.
 _HINTS = {
     Shape.CHAT: (b'"finish_reason":"', b'"finish_reason": "', b"[DONE]", b'"error"'),
     Shape.RESPONSES: (b".completed", b".incomplete", b".failed", b'"error"'),
-    Shape.MESSAGES: (b'"message_stop"', b'"error"', b'"error"', b'"error"'),
+    Shape.MESSAGES: (b'"message_stop"', b'"error"', b'"message_delta"', b'"message_delta"'),
     Shape.OLLAMA: (b'"done":true', b'"done": true', b'"error"', b'"error"'),
 }
-
-_INPUT = re.compile(rb'"(?:prompt_tokens|input_tokens|prompt_eval_count)"\s*:\s*(\d+)')
-_OUTPUT = re.compile(rb'"(?:completion_tokens|output_tokens|eval_count)"\s*:\s*(\d+)')
-
-
-_LOAD = re.compile(rb'"load_duration"\s*:\s*(\d+)')
-_LOADED = 1.0  # s; Ollama tells of milliseconds where the model was in memory already
-
-
-def load_in(tail: bytes | bytearray) -> float | None:
-    """Seconds that Ollama spent on loading the model, by the last part of its answer.
-
-    None where it had not to (docs/api.md: `load_duration`, in ns).
-    """
-    found = _LOAD.findall(tail)
-    seconds = int(found[-1]) / 1e9 if found else 0.0
-    return seconds if seconds >= _LOADED else None
+# Behind its end only OpenAI's chat says more: other choices, and the counts.
+_AFTER = (b'"usage"', b'"timings"', b'"finish_reason":"', b"[DONE]")
+_ANY = (b"", b"", b"", b"")
+_HINTED = {
+    hints: re.compile(b"|".join(map(re.escape, hints))).search
+    for hints in (*_HINTS.values(), _AFTER, _ANY)
+}
 
 
-def usage_in(tail: bytes | bytearray) -> Usage | None:
-    """Tokens as the last part of an answer counts them; None where it does not say."""
-    output = _OUTPUT.findall(tail)
-    if not output:
-        return None
-    given = _INPUT.findall(tail)
-    return Usage(int(given[-1]) if given else 0, int(output[-1]))
-
-
-def usage_of(document: dict[str, Any]) -> Usage | None:
-    """Tokens as a whole answer counts them; None where it does not say."""
-    counts = document.get("usage")
-    if not isinstance(counts, dict):
-        counts = document  # Ollama's
-    for given_name, output_name in _COUNTS:
-        output = counts.get(output_name)
-        if type(output) is int:  # a bool is none
-            given = counts.get(given_name)
-            return Usage(given if type(given) is int else 0, output)
-    return None
-
-
-# Names of the counts of input and output: OpenAI's, Anthropic's, Ollama's.
-_COUNTS = (
-    ("prompt_tokens", "completion_tokens"),
-    ("input_tokens", "output_tokens"),
-    ("prompt_eval_count", "eval_count"),
-)
-
-
-def sign_of(shape: Shape, data: bytes) -> Sign:
-    """Classify one event's data, or one NDJSON line."""
-    if data == b"[DONE]":
-        return Sign.DONE
+def _event_in(data: bytes) -> dict[str, Any] | None:
     try:
         event = orjson.loads(data)
     except orjson.JSONDecodeError:
-        return Sign.CONTENT  # not ours to judge
-    if not isinstance(event, dict):
-        return Sign.CONTENT
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _sign_of(shape: Shape, event: dict[str, Any]) -> Sign:
+    """Classify one event, or one line of NDJSON."""
     if event.get("error") and (shape is not Shape.MESSAGES or event.get("type") == "error"):
         return Sign.ERROR
     return _READERS[shape](event)
@@ -178,90 +139,177 @@ class Watch:
         error: an error event has passed.
         ended: the end marker, or an error event, has passed.
         error_data: the error event, at most 4 KiB of it.
+        load: s that loading the model took, as Ollama says it at the end.
     """
 
     __slots__ = (
-        "_given",
+        "_counts_all",
         "_hints",
+        "_idle",
+        "_last",
+        "_lines",
+        "_long",
+        "_named",
         "_rest",
         "_shape",
-        "_tail",
+        "_tally",
         "content",
         "ended",
         "error",
         "error_data",
+        "load",
     )
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
         self._hints = _HINTS[shape]
         self._rest = b""  # the line not yet complete
-        self._tail = bytearray()
+        self._long: Ends | None = None  # of a line too long to be kept
+        self._last = b""  # the last whole lines
+        self._lines = 0  # that ended behind the first content
+        self._idle = 0  # events among them that are known to be no content
+        self._named = False  # events have a line with their name
+        self._tally: Tally | None = None  # while nothing has been said
+        self._counts_all = shape is not Shape.CHAT  # there only few events say anything
         self.content = self.ended = self.error = False
         self.error_data = b""
-        self._given = 0  # input tokens, told ahead of the content
+        self.load: float | None = None
 
     def feed(self, piece: bytes) -> None:
         """Look at the next piece."""
-        tail = self._tail
-        tail += piece
-        if len(tail) > _TRIM:
-            del tail[:-_TAIL]
-        if self.ended:
-            return
         window = self._rest + piece if self._rest else piece
         end = window.rfind(b"\n") + 1
         if end != len(window):
             self._rest = window[end:]
             if len(self._rest) > _LINE_MAX:
                 self._give_up_line()
+            window = window[:end]
         elif self._rest:
             self._rest = b""
-        if not end:
-            return
         if self.content:
-            # Unrolled, and faster than `in`: this runs for each token. A hint in the line that is
-            # not complete costs a look at the others, and no more.
+            # Unrolled, and faster than `in`: this runs for each token.
+            self._lines += window.count(b"\n")
             find = window.find
             one, two, three, four = self._hints
-            if find(one) < 0 and find(two) < 0 and find(three) < 0 and find(four) < 0:
-                return
-        for line in window[:end].split(b"\n"):
-            self._read_line(line)
+            if find(one) >= 0 or find(two) >= 0 or find(three) >= 0 or find(four) >= 0:
+                self._read(window, True)
+        elif end:
+            self._read(window, False)
+        if end > _BLANKS:
+            self._last = window
+        elif end:  # they do not take the place of an event
+            self._last = self._last[-_BEFORE:] + window
+
+    def _read(self, window: bytes, counted: bool) -> None:
+        """Read whole lines; `counted`: the first content had passed before, so they are counted."""
+        before = b""
+        for line in window[:-1].split(b"\n"):
+            if self.content:
+                self._lines += not counted
+                if not _HINTED[self._hints](line):
+                    before = line if len(line) > 1 else before
+                    continue
+            if line:
+                self._read_line(line, before)
 
     def _give_up_line(self) -> None:
         """A line too long to be kept is content; an end mark inside it is believed as it stands."""
+        rest = self._rest
+        if self._long is None:
+            self._long = Ends(rest.removeprefix(b"data:").lstrip())
+        else:
+            self._long.feed(rest[_LONGEST:])
         self.content = True
-        self.ended = self.ended or any(hint in self._rest for hint in self._hints)
-        self._rest = self._rest[-_LONGEST:]
-
-    def _read_line(self, line: bytes) -> None:
-        data = line.strip()
-        if self._shape is not Shape.OLLAMA:
-            if not data.startswith(b"data:"):
-                return
-            data = data[5:].strip()
-        if not data or self.ended:
-            return
-        sign = sign_of(self._shape, data)
-        if sign is Sign.ERROR:
-            self.error = self.ended = True
-            self.error_data = data[:4096]
-        elif sign in (Sign.LAST, Sign.DONE):
+        if not self.ended and any(hint in rest for hint in _HINTS[self._shape]):
             self.ended = True
+        self._rest = rest[-_LONGEST:]
+        self._hints = _ANY  # its end is to be read
+
+    def _data_of(self, line: bytes) -> bytes:
+        """What the line says, where it says something."""
+        data = line.strip()
+        if self._shape is Shape.OLLAMA:
+            return data
+        if data.startswith(b"data:"):
+            return data[5:].strip()
+        self._named = self._named or data.startswith(b"event:")
+        return b""
+
+    def _read_line(self, line: bytes, before: bytes) -> None:
+        if self._long is not None:
+            self._read_long(line)
+            return
+        data = self._data_of(line)
+        if not data:
+            return
+        had_content = self.content
+        if data == _DONE:
+            sign = Sign.DONE
+            if not self.ended:  # nobody said that a choice has finished, nor counted behind that
+                self._look_back(before)
+        elif (event := _event_in(data)) is None:
+            sign = Sign.CONTENT  # not ours to judge
+        else:
+            sign = _sign_of(self._shape, event)
+            if self._counts_all or "usage" in event or "timings" in event:
+                self._count(event, sign)
+        self._idle += had_content and sign is not Sign.CONTENT
+        if self.ended:
+            return
+        if sign is Sign.ERROR:
+            self.error = True
+            self.error_data = data[:4096]
+            self._end()
+        elif sign is Sign.LAST or sign is Sign.DONE:
+            self._end()
             self.content = self.content or sign is Sign.LAST
         elif sign is Sign.CONTENT:
             self.content = True
-        elif self._shape is Shape.MESSAGES and (found := _INPUT.search(data)):
-            self._given = int(found[1])
+
+    def _count(self, event: dict[str, Any], sign: Sign) -> None:
+        """Take the counts of tokens from an event."""
+        tally = self._tally
+        if tally is None:
+            tally = self._tally = Tally()
+            self._counts_all = True
+        tally.finished = tally.finished or sign is Sign.LAST
+        tally.read(self._shape, event)
+        if sign is Sign.LAST and self._shape is Shape.OLLAMA:
+            self.load = load_of(event)
+
+    def _end(self) -> None:
+        self.ended = True
+        if self._shape is Shape.CHAT:
+            self._hints = _AFTER
+
+    def _read_long(self, line: bytes) -> None:
+        """Find the counts in a line that was too long to be kept, by its two ends."""
+        ends, self._long = self._long, None
+        assert ends is not None
+        ends.feed(line[_LONGEST:].rstrip())
+        responses = self._shape is Shape.RESPONSES
+        event = ends.document(b"response" if responses else b"")
+        self._count(event, Sign.LAST)
+        after = self.ended and self._shape is Shape.CHAT
+        self._hints = _AFTER if after else _HINTS[self._shape]
+
+    def _look_back(self, before: bytes = b"") -> None:
+        """Take the counts of the event before, where each event has them (vLLM's
+        `continuous_usage_stats`): none of those was parsed as it passed.
+        """
+        for line in (before, *reversed(self._last.split(b"\n"))):
+            if data := self._data_of(line):
+                if self._shape is Shape.CHAT and (event := _event_in(data)) is not None:
+                    self._count(event, Sign.CONTENT)
+                return
 
     @property
     def fresh(self) -> bool:
         """Whether the stream stands at an event boundary."""
-        tail = self._tail
         if self._shape is Shape.OLLAMA:
-            return not tail or tail.endswith(b"\n")
-        return not tail or tail.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
+            return not self._rest
+        end = self._last[-4:] + self._rest[-4:]
+        return not end or end.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
     @property
     def whole(self) -> bool:
@@ -269,22 +317,32 @@ class Watch:
 
         A reader drops an event that its blank line does not end, and with it the marker.
         """
-        if self._rest and not self.ended:
-            rest, self._rest = self._rest, b""
-            if self._shape is Shape.OLLAMA or rest.strip().endswith(b"[DONE]"):
-                self._read_line(rest)
-                return self.ended
-        if self._shape is Shape.OLLAMA:
+        ollama = self._shape is Shape.OLLAMA
+        if (rest := self._rest) and not self.ended and (ollama or rest.strip().endswith(_DONE)):
+            self._read_line(rest, b"")
             return self.ended
-        return self.ended and (self.fresh or self._tail.rstrip().endswith(b"[DONE]"))
+        if ollama:
+            return self.ended
+        return self.ended and (self.fresh or (rest or self._last).rstrip().endswith(_DONE))
 
-    def load(self) -> float | None:
-        """Seconds that loading the model took, once the end has passed; see `load_in`."""
-        return load_in(self._tail) if self._shape is Shape.OLLAMA else None
+    def told(self) -> Told:
+        """Tokens as the backend counted them, as far as it has."""
+        if self._long is not None:
+            self._read_long(self._rest)
+        told = NOTHING if self._tally is None else self._tally.told
+        if not self.ended and self._shape is Shape.CHAT:
+            before, self._tally = self._tally, None
+            self._look_back()
+            if self._tally is None:  # what an earlier event has said of the output is out of date
+                self._tally = before
+                return told[0], None
+            return self._tally.told
+        return told
 
-    def usage(self) -> Usage | None:
-        """Tokens, once the end has passed."""
-        usage = usage_in(self._tail[-_TAIL:])
-        if usage is not None and not usage.input:
-            return Usage(self._given, usage.output)
-        return usage
+    @property
+    def events(self) -> int:
+        """How many events with content have passed, or so: comments and pings count, too."""
+        if not self.content:
+            return 0
+        lines, blank = (1, 0) if self._shape is Shape.OLLAMA else (3 if self._named else 2, 1)
+        return max(1, 1 + (self._lines - blank + lines // 2) // lines - self._idle)

@@ -1,0 +1,248 @@
+"""Tokens of an answer: as its backend counts them, else by what passed.
+
+Rule 1: a count is read from parsed JSON, at the place where the dialect has it. What a model or a
+    client makes up, be it an object of tool arguments, stands elsewhere and is never taken for one.
+Rule 2: input is all of the prompt. OpenAI's and Ollama's counts hold what came from a cache;
+    Anthropic's `input_tokens` and llama.cpp's `prompt_n` do not, so it is added.
+Rule 3: the last word holds: counts of a stream are cumulative. Choices that are counted each for
+    itself add up in the output; the prompt is one.
+Rule 4: what a backend does not say is guessed from sizes, and called estimated.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import orjson
+
+from .dialects import Shape
+
+# Tokens of input and output; None: the backend did not say.
+Told = tuple[int | None, int | None]
+NOTHING: Told = (None, None)
+
+_MOST = 1 << 53  # what JSON can say exactly; the log's writer takes no more than 64 bits
+_CHOICES = 128  # OpenAI's bound of `n`
+_LOADED = 1.0  # s; Ollama tells of milliseconds where the model was in memory already
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value < _MOST else None  # a bool is none
+
+
+def _of_usage(usage: dict[str, Any]) -> Told:
+    """What a `usage` object says."""
+    given, made = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+    if given is not None or made is not None:  # OpenAI's
+        return given, made
+    given, made = _count(usage.get("input_tokens")), _count(usage.get("output_tokens"))
+    if given is not None:  # Anthropic's, and those of OpenAI's Responses, which has no such caches
+        given += _count(usage.get("cache_read_input_tokens")) or 0
+        given += _count(usage.get("cache_creation_input_tokens")) or 0
+    if given is not None or made is not None:
+        return given, made
+    return _count(usage.get("total_tokens")), None  # of a reranking
+
+
+def _of_timings(timings: dict[str, Any]) -> Told:
+    """What llama.cpp's `timings` say, which it sends where no usage was asked for."""
+    given = _count(timings.get("prompt_n"))
+    if given is not None:
+        given += _count(timings.get("cache_n")) or 0
+    return given, _count(timings.get("predicted_n"))
+
+
+def told_by(document: dict[str, Any]) -> Told:
+    """Tokens as a whole answer, or one event that stands for one, counts them."""
+    usage = document.get("usage")
+    if isinstance(usage, dict):
+        given, made = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        if type(given) is int and type(made) is int and 0 <= given < _MOST and 0 <= made < _MOST:
+            return given, made  # the usual case, on every answer's way
+        told = _of_usage(usage)
+        if told != NOTHING:
+            return told
+    timings = document.get("timings")
+    if isinstance(timings, dict):
+        return _of_timings(timings)
+    return _count(document.get("prompt_eval_count")), _count(document.get("eval_count"))  # Ollama's
+
+
+def load_of(document: dict[str, Any]) -> float | None:
+    """Seconds that Ollama spent on loading the model, by the last part of its answer.
+
+    None where it had not to (docs/api.md: `load_duration`, in ns).
+    """
+    spent = _count(document.get("load_duration"))
+    seconds = spent / 1e9 if spent is not None else 0.0
+    return seconds if seconds >= _LOADED else None
+
+
+class Tally:
+    """What one stream says of its tokens, event by event.
+
+    Attributes:
+        told: for all of the answer, as far as it was said.
+        finished: a choice has, since the last counts that came without one.
+    """
+
+    __slots__ = ("_choices", "_summed", "finished", "told")
+
+    def __init__(self) -> None:
+        self.told = NOTHING
+        self.finished = False
+        self._choices: dict[int, Told] = {}  # counts that came with a choice
+        self._summed = False  # there were any without one
+
+    def read(self, shape: Shape, event: dict[str, Any]) -> None:
+        """Take the counts out of one event, if it has any."""
+        if shape is _CHAT:
+            self._read_chat(event)
+        elif shape is _OLLAMA:
+            self._take(told_by(event))
+        elif shape is _MESSAGES:
+            usage, message = event.get("usage"), event.get("message")
+            if isinstance(usage, dict):
+                self._take(_of_usage(usage))
+            elif isinstance(message, dict) and isinstance(usage := message.get("usage"), dict):
+                self._take((_of_usage(usage)[0], None))  # message_start: it has yet to answer
+        elif isinstance(response := event.get("response"), dict):
+            told = told_by(response)
+            self._take(told if told != NOTHING else told_by(event))
+
+    def _take(self, told: Told) -> None:
+        given, made = told
+        before = self.told
+        self.told = (before[0] if given is None else given, before[1] if made is None else made)
+
+    def _read_chat(self, event: dict[str, Any]) -> None:
+        choices = event.get("choices")
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        told = told_by(event)
+        if told == NOTHING:
+            return
+        if isinstance(choice, dict):
+            if not self._summed:
+                self._read_choice(choice.get("index"), told)
+            return
+        # llama.cpp counts each choice for itself, in an event behind its end; all others count all
+        # of them in one.
+        self.told = _both(self.told, told) if self._summed and self.finished else told
+        self._summed, self.finished = True, False
+
+    def _read_choice(self, index: Any, told: Told) -> None:
+        counted = self._choices
+        if type(index) is not int or (index not in counted and len(counted) >= _CHOICES):
+            index = 0
+        counted[index] = told
+        both = NOTHING
+        for each in counted.values():
+            both = _both(both, each)
+        self.told = both
+
+
+def _both(one: Told, other: Told) -> Told:
+    """Counts of two choices of one answer: they have one prompt."""
+    given = [each for each in (one[0], other[0]) if each is not None]
+    made = [each for each in (one[1], other[1]) if each is not None]
+    return max(given, default=None), sum(made) if made else None
+
+
+class Ends:
+    """The two ends of an answer, or an event, that is too long to be kept, or not held whole.
+
+    Counts stand before what is long or behind it. A key is proven to be one of the outermost object
+    by parsing: what stands before it, closed there, is a whole document; or what stands from it to
+    the end, opened there, is.
+
+    Attributes:
+        size: bytes that have passed.
+    """
+
+    __slots__ = ("_head", "_tail", "size")
+
+    def __init__(self, data: bytes = b"") -> None:
+        self._head = b""
+        self._tail = bytearray()
+        self.size = 0
+        if data:
+            self.feed(data)
+
+    def feed(self, piece: bytes) -> None:
+        if len(self._head) < _END:
+            self._head += piece[: _END - len(self._head)]
+        self._tail += piece[-_END:]
+        if len(self._tail) > 2 * _END:
+            del self._tail[:-_END]
+        self.size += len(piece)
+
+    def document(self, inside: bytes = b"") -> dict[str, Any]:
+        """As much of the document as holds the counts; empty where they are not found.
+
+        `inside`: the key of the outermost object whose object has them.
+        """
+        tail = bytes(self._tail[-_END:])
+        if self.size <= _END:
+            return _parsed(self._head) or {}
+        opened, closed = (b'{"%b":{' % inside, b"}}") if inside else (b"{", b"}")
+        for found in list(_KEY.finditer(tail))[-_TRIES:]:  # the first has the others behind it
+            if document := _parsed(opened + tail[found.start(1) :]):
+                return document
+        for found in list(_COUNTS.finditer(self._head))[_TRIES::-1]:
+            if document := _parsed(self._head[: found.end()] + closed):
+                return document
+        return {}
+
+
+def _parsed(data: bytes) -> dict[str, Any] | None:
+    try:
+        document = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+    return document if isinstance(document, dict) else None
+
+
+_END = 16 << 10  # bytes; behind the counts OpenAI's Responses has up to 16 pairs of metadata
+_TRIES = 8  # parses; only a made-up answer has more such keys near an end
+# Inside a string a quote is escaped, so this is a key, of whatever object.
+_KEY = re.compile(rb'[{,]\s*("(?:usage|timings|load_duration|prompt_eval_count|eval_count)"\s*:)')
+_COUNTS = re.compile(
+    rb'[{,]\s*"(?:(?:usage|timings)"\s*:\s*\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}'
+    rb'|(?:prompt_)?eval_count"\s*:\s*\d+(?=\D))'
+)
+
+
+# -- guesses -----------------------------------------------------------------------------------
+
+_BYTES_A_TOKEN = 4  # of English text, by OpenAI's rule of thumb
+# gzip of a stream that is flushed at each event: measured, llama.cpp's chunks of one token.
+_CODED_BYTES_AN_EVENT = 13
+_MEDIA = 1000  # tokens of one picture, about
+_GUESS_MOST = 131_072  # tokens of a prompt
+LARGE = 64 << 10  # bytes of a body from which on it is looked at for pictures
+
+
+def text_size(body: bytes) -> int:
+    """The size of a large body, its pictures and sounds (data URLs) counted as what they cost."""
+    size, at = len(body), body.find(b";base64,")
+    while at >= 0:
+        end = body.find(b'"', at)
+        end = len(body) if end < 0 else end
+        size += min(0, at - end + _MEDIA * _BYTES_A_TOKEN)
+        at = body.find(b";base64,", end)
+    return size
+
+
+def guess_input(size: int) -> int:
+    """Tokens of a prompt of `size` bytes."""
+    return min(-(-size // _BYTES_A_TOKEN), _GUESS_MOST)
+
+
+def guess_output(size: int, coded: bool) -> int:
+    """Tokens of an answer of `size` bytes that could not be read."""
+    return size // (_CODED_BYTES_AN_EVENT if coded else _BYTES_A_TOKEN)
+
+
+# Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
+_CHAT, _MESSAGES, _OLLAMA = Shape.CHAT, Shape.MESSAGES, Shape.OLLAMA
