@@ -8,10 +8,10 @@ Rule 1: what runs counts in advance, at its pool's mean amount, else a burst tha
     first answer would all go to one pool. A permit holds that advance until the amount is known.
 Rule 2: an attempt that failed before an answer served nobody and is forgotten.
 Rule 3: a full pool spills into the other at once; it is only the order that the blend decides.
-Rule 4: the standing is held within `_NEAR` mean amounts. What goes beyond was served by the pool
-    that was not due, because the other was full, ejected or ruled out, and becomes *debt*. While
-    there is some, each amount served moves `payback` of itself from the debt into the standing: so
-    the split leans by that share at most, and an outage is not followed by a stampede.
+Rule 4: at each choice the standing is within `_NEAR` mean amounts. What goes beyond was served by
+    the pool that was not due, because the other was full, ejected or ruled out, and becomes *debt*.
+    While there is some, each amount served moves `payback` of itself from the debt into the
+    standing: so the split leans by that share at most, and no stampede follows an outage.
 Rule 5: debt is remembered up to `_MEMORY` mean amounts. None is made while a pool has served nobody
     yet, where `payback` is 0, while the bound on the price decides, and to a pool without a share.
 
@@ -114,6 +114,9 @@ class Ledger:
         self.lends = True  # what was served out of turn becomes debt
 
     def first(self) -> str:
+        """Return the name of the pool that is due."""
+        if not -self._reach <= self.standing <= self._reach:
+            self._lend()
         # At zero, too, a pool without a share is last. Burst needs no word: without a share of its
         # own the standing never falls below zero.
         return "baseline" if self._burst.step and self.standing >= _EVEN else "burst"
@@ -125,21 +128,13 @@ class Ledger:
         self._baseline.recent *= _FADE
         self._burst.recent *= _FADE
         pool.recent += amount
-        standing = self.standing + pool.step * amount
+        self.standing += pool.step * amount
         debt = self.debt
         if debt:
             most = self._payback * amount
             paid = min(debt, most) if debt > 0.0 else max(debt, -most)
             self.debt = debt - paid
-            standing += paid
-        self.standing = standing
-        if not -self._reach <= standing <= self._reach:
-            self._lend()
-
-    def forget(self) -> None:
-        """Go on after an attempt that served nobody: its advance was given back."""
-        if not -self._reach <= self.standing <= self._reach:
-            self._lend()
+            self.standing += paid
 
     def _lend(self) -> None:
         """Make debt of what the standing is beyond its reach, as far as that is remembered."""
