@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import uvloop
 
 from . import __version__
-from .alerts.view import Sources
+from .alerts.view import MINUTES, Sources
 from .alerts.watch import Watch
 from .api.admin import Admin
 from .api.cors import Cors
@@ -226,8 +226,10 @@ class App:
             )
         sources = Sources(
             candidates=self.fleet.candidates,
-            gauges=telemetry.gauges,
-            totals=telemetry.windows.totals,
+            gauges=lambda: telemetry.gauges(chain.gauges),
+            recent=lambda: telemetry.windows.totals(
+                MINUTES, lambda key: (key.region, key.provider)
+            ),
             queue=lambda: (telemetry.metrics.queue_depth, chain.queue.size),
             lines_lost=lambda: telemetry.lines_lost,
             discovery=dict if refresher is None else refresher.answering,

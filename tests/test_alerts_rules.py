@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import operator
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import inf, nan
@@ -168,6 +168,7 @@ class Scene:
     gauges: list[Gauge] = field(default_factory=list)
     queue: tuple[int, int] = (0, 100)
     lines_lost: int = 0
+    limits: tuple[Callable[[Backend], int], ...] = ()
     sources: dict[str, bool] = field(default_factory=dict)
     pause: float = 0.0
     now: float = 10_000.0
@@ -181,11 +182,12 @@ class Scene:
             Alerts.model_validate({"pause": self.pause, "rules": {**only, **self.rules}}),
             Sources(
                 candidates=lambda: self.rows,
-                gauges=lambda: [*self.gauges, *self.watch.gauges()],
-                totals=self.windows.totals,
+                gauges=lambda: self.gauges,
+                recent=lambda: self.windows.totals(5, lambda key: (key.region, key.provider)),
                 queue=lambda: self.queue,
                 lines_lost=lambda: self.lines_lost,
                 discovery=lambda: self.sources,
+                limits=self.limits,
             ),
             region="us-east",
             clock=lambda: self.now,
@@ -208,7 +210,7 @@ class Scene:
         ]
 
     def attempts(self, count: int, provider: str = "golem", **fields: Any) -> None:
-        backend = a_backend("x", provider=provider)
+        backend = a_backend("x", provider=provider, region="eu-west")
         exchange = Exchange("1", "POST", b"/", "/", (), self.now)
         for _ in range(count):
             outcome = Outcome(backend, 1, fields.get("verdict", Verdict.GOOD), Stage.DONE)
@@ -270,15 +272,13 @@ def test_pool_utilisation_when_a_backend_is_set_aside_counts_the_others_alone() 
     assert scene.look() == ["+pool_utilisation/burst/warning"]
 
 
-def test_pool_utilisation_when_a_gauge_tells_it_believes_the_gauge() -> None:
-    scene = Scene({"pool_utilisation": {"for": 0}}, [row("a", 9)])
-    scene.gauges = [
-        labelled("utilisation", 0.5, of="pool", name="burst"),
-        labelled("utilisation", 1.0, of="backend", name="a"),
-    ]
-    assert scene.look() == []
-    scene.gauges[0] = labelled("utilisation", 1.0, of="pool", name="burst")
+def test_pool_utilisation_when_less_may_run_than_configured_is_of_that() -> None:
+    limits = (lambda backend: 5, lambda backend: 20)
+    scene = Scene({"pool_utilisation": {"for": 0}}, [row("a", 4)], limits=limits)
     assert scene.look() == ["+pool_utilisation/burst/warning"]
+    assert scene.sent[0].value == 0.8
+    scene = Scene({"pool_utilisation": {"for": 0}}, [row("a", 4)], limits=(lambda backend: 0,))
+    assert scene.look() == [], "no slot at all is another trouble"
 
 
 def test_provider_down_when_none_of_its_backends_can_be_used_is_critical() -> None:
@@ -318,21 +318,21 @@ def test_success_rate_when_few_attempts_say_so_says_nothing() -> None:
     scene.attempts(19, verdict=Verdict.STRIKE)
     assert scene.look(RECENT) == []
     scene.attempts(1, verdict=Verdict.STRIKE)
-    assert scene.look(RECENT) == ["+success_rate/golem/warning"]
+    assert scene.look(RECENT) == ["+success_rate/golem/eu-west/warning"]
     assert scene.sent[0].says == (
-        "provider golem: 0 % of 20 attempts in 5 minutes were good (alert below 90 %)"
+        "golem in eu-west: 0 % of 20 attempts in 5 minutes were good (alert below 90 %)"
     )
     scene.attempts(240)
     assert scene.look(RECENT) == [], "92 % is better, but not yet good"
     scene.attempts(240)
-    assert scene.look(RECENT) == ["-success_rate/golem/warning"]
+    assert scene.look(RECENT) == ["-success_rate/golem/eu-west/warning"]
 
 
 def test_success_rate_when_nobody_asks_any_more_ends() -> None:
     scene = Scene({"success_rate": {"for": 0}})
     scene.attempts(40, verdict=Verdict.STRIKE)
     scene.look(RECENT)
-    assert scene.look(600) == ["-success_rate/golem/warning"]
+    assert scene.look(600) == ["-success_rate/golem/eu-west/warning"]
     assert scene.look(2 * FLAPS_WITHIN) == []
     assert [gauge.name for gauge in scene.watch.gauges()] == ["alert_active"], "forgotten"
 
@@ -350,7 +350,7 @@ def test_ttft_when_it_is_twice_that_of_the_hour_before_begins() -> None:
         if scene.look():
             break
     (began,) = scene.sent
-    assert (began.rule, began.subject) == ("ttft_p95", "golem")
+    assert (began.rule, began.subject) == ("ttft_p95", "golem/eu-west")
     assert began.value == pytest.approx(3.0, rel=0.2)
     for _ in range(8):
         scene.attempts(900, ttft=0.8)
@@ -495,7 +495,7 @@ def test_look_when_there_are_a_thousand_backends_costs_few_calls_each() -> None:
     """Counted, for others share this machine; in time it is 2 ms (docs/alerts.md)."""
     scene = Scene(dict.fromkeys(type(Alerts().rules).model_fields, True))
     scene.rows = [row(f"b{n}", 1, provider=f"p{n % 4}") for n in range(1000)]
-    scene.gauges = [labelled("utilisation", 0.1, of="backend", name=f"b{n}") for n in range(1000)]
+    scene.gauges = [labelled("utilisation", 0.1, backend=f"b{n}") for n in range(1000)]
     calls = 0
 
     def count(frame: Any, event: str, arg: Any) -> None:

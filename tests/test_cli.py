@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import configparser
 import fcntl
 import json
@@ -21,6 +22,9 @@ import pytest
 
 from beacon_proxy import __version__
 from beacon_proxy.cli import main
+
+from .kit import closed_port
+from .kit_hooks import SECRET, receiver
 
 ROOT = Path(__file__).parent.parent
 GROUPS = ("beacon_proxy.middleware", "beacon_proxy.providers")
@@ -292,10 +296,72 @@ def test_costs_when_asked_says_that_there_is_no_ledger_yet(
     assert "GET /costs" in err
 
 
+def hooks(*urls: str) -> str:
+    rows = ", ".join(f"{{url: '{url}', secret: hunter2}}" for url in urls)
+    return f"{GOOD}alerts: {{webhooks: [{rows}]}}\n"
+
+
+def test_alerts_test_when_there_is_no_webhook_says_how_to_add_one(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "beacon.yaml").write_text(GOOD)
+    assert main(["alerts", "test"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == (
+        "",
+        "beacon-proxy: alerts: there is no webhook to test; add one to alerts.webhooks of"
+        " beacon.yaml\n",
+    )
+
+
+async def test_alerts_test_when_all_take_it_exits_0(place: Path) -> None:
+    async with receiver() as one, receiver() as other:
+        for to in (one, other):
+            to.path = "/hidden-path"
+        (place / "mine.yaml").write_text(hooks(one.url, other.url).replace("hunter2", SECRET))
+        done = await asyncio.to_thread(command, "alerts", "test", "--config", "mine.yaml")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (
+        "webhooks[0] (127.0.0.1): taken: 200\nwebhooks[1] (127.0.0.1): taken: 200\n"
+    )
+    (got,) = one.taken
+    assert got.signed
+    assert got.json["type"] == "alert.test"
+    assert got.json["text"].startswith("TEST test: if you can read this, alerts arrive [us-east, ")
+
+
+async def test_alerts_test_when_some_do_not_says_why_for_each_and_exits_1(place: Path) -> None:
+    """Once each: who waits at a terminal wants to know now."""
+    async with receiver(500) as broken, receiver(302) as moved, receiver() as good:
+        broken.path = moved.path = good.path = "/hidden-path"
+        with closed_port() as port:
+            urls = (broken.url, moved.url, f"http://127.0.0.1:{port}/hidden-path", good.url)
+            (place / "beacon.yaml").write_text(hooks(*urls).replace("hunter2", SECRET))
+            done = await asyncio.to_thread(command, "alerts", "test")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.splitlines() == [
+        "webhooks[0] (127.0.0.1): not taken: 500",
+        "webhooks[1] (127.0.0.1): not taken: 302 (redirects are not followed)",
+        "webhooks[2] (127.0.0.1): not taken: Connection refused",
+        "webhooks[3] (127.0.0.1): taken: 200",
+    ]
+    assert len(broken.tries) == 1
+
+
+def test_alerts_test_when_the_secret_is_wrong_names_its_place_alone(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "beacon.yaml").write_text(hooks("http://127.0.0.1:9/x").replace("hunter2", "whsec_-"))
+    assert main(["alerts", "test"]) == 1
+    assert capsys.readouterr().err == ("alerts.webhooks[0].secret: must be base64 after whsec_\n")
+
+
 @pytest.mark.parametrize(
     "args",
     [
         [],
+        ["alerts"],
+        ["alerts", "tset"],
         ["sevre"],
         ["serve", "--port", "x"],
         ["serve", "--port", "65536"],

@@ -58,6 +58,7 @@ MODULES = 362
 
 OTHERS = {
     "anthropic": "of the tests",
+    "beacon_proxy.alerts.receiver": "is loaded where a webhook is configured",
     "beacon_proxy.discovery": "is loaded where it is configured",
     "dns": "282 modules; only discovery by DNS needs it",
     "httpx": "of the tests and of other packages; the proxy has aiohttp",
@@ -88,6 +89,7 @@ DATA_PATH = {
     "structlog": "for the log",
     "sqlite3": "for the ledger",
     "uvloop": "there is no loop",
+    "beacon_proxy.alerts": "watches what serves",
     "beacon_proxy.api": "faces clients",
     "beacon_proxy.app": "composes what serves",
     "beacon_proxy.ledger": "records what was served",

@@ -27,7 +27,7 @@ from ..config.alerts import (
 )
 from ..contracts import Live, Warmth
 from .alarm import Mark, Severity
-from .view import MINUTES, Reading, View
+from .view import MINUTES, Place, Reading, View
 
 Read = Callable[[View], Iterable[Reading]]
 
@@ -87,23 +87,18 @@ def _pool_utilisation(rule: PoolUtilisation) -> tuple[Any, ...]:
 
 
 def _utilisation(view: View) -> dict[str, float]:
-    """In-flight share of the room of each pool's usable backends."""
-    told = {
-        dict(gauge.labels).get("name", ""): gauge.value
-        for gauge in view.gauges.get("utilisation", ())
-        if ("of", "pool") in gauge.labels
-    }
-    if told:
-        return told
+    """In-flight share of the slots of each pool's usable backends."""
     taken: dict[str, int] = {}
     room: dict[str, int] = {}
     for candidate in view.candidates:
         backend, live = candidate.backend, candidate.live
         if usable(live, view.now):
-            pool = backend.pool
+            pool, slots = backend.pool, backend.max_in_flight
+            for limit in view.limits:
+                slots = min(slots, limit(backend))
             taken[pool] = taken.get(pool, 0) + live.in_flight
-            room[pool] = room.get(pool, 0) + backend.max_in_flight
-    return {pool: taken[pool] / slots for pool, slots in room.items()}
+            room[pool] = room.get(pool, 0) + slots
+    return {pool: taken[pool] / slots for pool, slots in room.items() if slots}
 
 
 def _provider_down(rule: ProviderDown) -> tuple[Any, ...]:
@@ -132,13 +127,13 @@ def _provider_down(rule: ProviderDown) -> tuple[Any, ...]:
 
 def _success_rate(rule: SuccessRate) -> tuple[Any, ...]:
     def read(view: View) -> Iterator[Reading]:
-        for provider, sums in view.recent.items():
+        for place, sums in view.recent.items():
             rate = sums.success_rate()
             if rate is not None and sums.attempts >= rule.min_attempts:
                 yield Reading(
-                    provider,
+                    _name(place),
                     rate,
-                    f"provider {provider}: {_percent(rate)} of {sums.attempts} attempts in"
+                    f"{_words(place)}: {_percent(rate)} of {sums.attempts} attempts in"
                     f" {MINUTES} minutes were good (alert below {_percent(rule.below)})",
                 )
 
@@ -152,19 +147,19 @@ def _ttft_p95(rule: TtftP95) -> tuple[Any, ...]:
 
     def read(view: View) -> Iterator[Reading]:
         enough = {
-            provider: p95
-            for provider, sums in view.recent.items()
+            place: p95
+            for place, sums in view.recent.items()
             if sums.attempts >= rule.min_attempts and (p95 := sums.ttft_quantile(0.95)) is not None
         }
         past.keep(view.recent_at, enough)
-        for provider, p95 in enough.items():
-            before = past.of(provider, view.recent_at)
+        for place, p95 in enough.items():
+            before = past.of(place, view.recent_at)
             if before and p95 >= rule.at_least:
                 times = p95 / before
                 yield Reading(
-                    provider,
+                    _name(place),
                     times,
-                    f"provider {provider}: TTFT p95 is {p95:.3g} s, {times:.3g} times that of the"
+                    f"{_words(place)}: TTFT p95 is {p95:.3g} s, {times:.3g} times that of the"
                     f" hour before, {before:.3g} s (alert from {rule.factor:g} times)",
                 )
 
@@ -172,13 +167,23 @@ def _ttft_p95(rule: TtftP95) -> tuple[Any, ...]:
     return read, Mark(rule.factor, ends, rule.for_, rule.clear_for)
 
 
+def _name(place: Place) -> str:
+    region, provider = place
+    return f"{provider}/{region}"
+
+
+def _words(place: Place) -> str:
+    region, provider = place
+    return f"{provider} in {region}"
+
+
 class _Past:
-    """What the recent p95 of each provider was at each reading of the last hour."""
+    """What the recent p95 of each place was at each reading of the last hour."""
 
     def __init__(self) -> None:
-        self._kept: deque[tuple[float, dict[str, float]]] = deque()
+        self._kept: deque[tuple[float, dict[Place, float]]] = deque()
 
-    def keep(self, at: float, p95s: dict[str, float]) -> None:
+    def keep(self, at: float, p95s: dict[Place, float]) -> None:
         """Remember a reading, unless it is the one remembered last; `at` in monotonic s."""
         kept = self._kept
         if not kept or kept[-1][0] != at:
@@ -186,12 +191,10 @@ class _Past:
         while kept[0][0] < at - _WINDOW - _PAST:
             kept.popleft()
 
-    def of(self, provider: str, now: float) -> float | None:
+    def of(self, place: Place, now: float) -> float | None:
         """The median of those older than the recent minutes; None: there are not enough yet."""
         found = [
-            (at, p95s[provider])
-            for at, p95s in self._kept
-            if at <= now - _WINDOW and provider in p95s
+            (at, p95s[place]) for at, p95s in self._kept if at <= now - _WINDOW and place in p95s
         ]
         if not found or found[-1][0] - found[0][0] < _PAST_LEAST:
             return None

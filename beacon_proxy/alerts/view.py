@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from ..contracts import Candidate, Clock, Gauge
+from ..contracts import Backend, Candidate, Clock, Gauge
 
 MINUTES = 5  # that "recent" is: whole ones, and the begun one
 RECENT = 30.0  # s that what was read of them stands: with a thousand backends it takes some ms
+
+
+Limit = Callable[[Backend], int]
+Place = tuple[str, str]  # region, provider
 
 
 class Sums(Protocol):
@@ -37,8 +41,9 @@ class View:
 
     Attributes:
         now: monotonic s.
+        limits: of what may run at once on a backend, beside its `max_in_flight`.
         gauges: by name.
-        recent: attempts of the last `MINUTES`, by provider.
+        recent: attempts of the last `MINUTES`.
         recent_at: when those were read; monotonic s.
         queue: how many exchanges wait for room, and how many may.
         lines_lost: log lines that could not be written, since the start.
@@ -47,8 +52,9 @@ class View:
 
     now: float
     candidates: Iterable[Candidate] = ()
+    limits: Sequence[Limit] = ()
     gauges: Mapping[str, list[Gauge]] = field(default_factory=dict)
-    recent: Mapping[str, Sums] = field(default_factory=dict)
+    recent: Mapping[Place, Sums] = field(default_factory=dict)
     recent_at: float = 0.0
     queue: tuple[int, int] = (0, 0)
     lines_lost: int = 0
@@ -69,14 +75,15 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Who is asked for what a view shows."""
+    """Who is asked for what a view shows. Every few seconds, so none may take long."""
 
     candidates: Callable[[], Iterable[Candidate]]
     gauges: Callable[[], Iterable[Gauge]]
-    totals: Callable[[int, Callable[[Any], str]], Mapping[str, Sums]]  # minutes, grouped by what
+    recent: Callable[[], Mapping[Place, Sums]]
     queue: Callable[[], tuple[int, int]]
     lines_lost: Callable[[], int]
     discovery: Callable[[], Mapping[str, bool]]
+    limits: Sequence[Limit] = ()
 
 
 class Eyes:
@@ -84,13 +91,13 @@ class Eyes:
 
     def __init__(self, sources: Sources, clock: Clock) -> None:
         self._sources, self._clock = sources, clock
-        self._recent: Mapping[str, Sums] = {}
+        self._recent: Mapping[Place, Sums] = {}
         self._recent_at: float | None = None
 
     def look(self) -> View:
         now, sources = self._clock(), self._sources
         if self._recent_at is None or now - self._recent_at >= RECENT:
-            self._recent = sources.totals(MINUTES, lambda key: str(key.provider))
+            self._recent = sources.recent()
             self._recent_at = now
         gauges: dict[str, list[Gauge]] = {}
         for gauge in sources.gauges():
@@ -98,6 +105,7 @@ class Eyes:
         return View(
             now=now,
             candidates=sources.candidates(),
+            limits=sources.limits,
             gauges=gauges,
             recent=self._recent,
             recent_at=self._recent_at,

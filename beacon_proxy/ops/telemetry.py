@@ -62,6 +62,9 @@ _TAKEN = frozenset(
 )  # names that structlog and we use
 
 
+Sources = tuple[Callable[[], Iterable[Gauge]], ...]
+
+
 class Telemetry:
     """The one place that events, metrics and the last hour go through.
 
@@ -94,7 +97,7 @@ class Telemetry:
         self.windows = Windows(clock)
         self._access_log = access_log
         self._listeners: list[Listener] = []
-        self.sources: tuple[Callable[[], Iterable[Gauge]], ...] = ()
+        self.sources: Sources = ()
 
     def attempt(self, exchange: Exchange, outcome: Outcome) -> None:
         """Count an attempt that has ended. Once for each, whatever its end."""
@@ -165,9 +168,9 @@ class Telemetry:
         if self._writer is not None:
             self._writer.close(timeout)
 
-    def gauges(self) -> Iterator[Gauge]:
-        """What everybody in `sources` shows of itself now."""
-        for source in self.sources:
+    def gauges(self, sources: Sources | None = None) -> Iterator[Gauge]:
+        """What each of `sources` shows of itself now; None: everybody."""
+        for source in self.sources if sources is None else sources:
             try:
                 yield from source()
             except Exception as exc:  # a plugin's fault must not take the other numbers away

@@ -1,0 +1,159 @@
+"""The whole proxy: what happens to it becomes an alert, and no alert becomes anybody's trouble."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from beacon_proxy.contracts import Gauge
+
+from .kit import (
+    BackendConn,
+    Proxy,
+    RawBackend,
+    RawClient,
+    answer,
+    chat,
+    closed_port,
+    each_request,
+    eventually,
+    json_answer,
+    json_bytes,
+    proxy,
+    request,
+)
+from .kit_hooks import SECRET, Receiver, receiver
+
+TEXT = [("Accept", "text/plain")]
+DOCUMENT = {"choices": [{"message": {"content": "hello"}, "finish_reason": "stop"}]}
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+def alerts(*hooks: Receiver, **rules: Any) -> dict[str, Any]:
+    """The section with everything shortened."""
+    return {
+        "interval": 0.02,
+        "pause": 0,
+        "webhooks": [{"url": hook.url, "secret": SECRET} for hook in hooks],
+        "rules": rules,
+    }
+
+
+FULL = {"pool_utilisation": {"for": 0.1, "clear_for": 0.1}}
+
+
+async def metric(p: Proxy, name: str) -> dict[str, float]:
+    """The samples of one metric by their labels, as text."""
+    async with RawClient(p.port) as client:
+        text = (await client.ask(request("GET", "/metrics", TEXT))).body.decode()
+    found = re.findall(rf"^{name}(\{{.*\}}) (\S+)$", text, re.MULTILINE)
+    return {labels: float(value) for labels, value in found}
+
+
+async def health(p: Proxy) -> Any:
+    async with RawClient(p.port) as client:
+        return (await client.ask(request("GET", "/health"))).json
+
+
+async def test_pool_when_it_is_full_for_long_tells_the_webhook_and_when_it_is_over() -> None:
+    release, whole = asyncio.Event(), json_bytes(DOCUMENT)
+
+    async def slow(conn: BackendConn) -> None:
+        async for _ in each_request(conn):
+            await release.wait()
+            await conn.send(whole)
+
+    async with receiver() as to, RawBackend(slow) as backend:
+        row = {"url": backend, "max_in_flight": 1}
+        async with proxy(row, alerts=alerts(to, **FULL)) as p, RawClient(p.port) as client:
+            assert (await health(p))["alerts"] == []
+            asking = asyncio.create_task(client.ask(chat()), name="asking")
+            await eventually(lambda: to.taken)
+            told = (await health(p))["alerts"]
+            active = await metric(p, "beacon_alert_active")
+            release.set()
+            assert (await asking).status == 200
+            await eventually(lambda: len(to.taken) == 2)
+            over = await metric(p, "beacon_alert_active")
+            subjects = await metric(p, "beacon_alert_subject_active")
+            sent = await metric(p, "beacon_webhook_messages")
+            assert (await health(p))["alerts"] == []
+    began, ended = (got.json for got in to.taken)
+    assert [got.signed for got in to.taken] == [True, True]
+    assert (began["type"], ended["type"]) == ("alert.began", "alert.ended")
+    assert began["text"].startswith(
+        "WARNING pool_utilisation: pool burst is 100 % full (alert from 80 %) [us-east, "
+    )
+    assert began["data"]["value"] == 1.0
+    assert began["data"]["key"] == ended["data"]["key"]
+    assert began["data"]["since"] == told[0]["since"]
+    assert (told[0]["rule"], told[0]["subject"]) == ("pool_utilisation", "burst")
+    assert active['{rule="pool_utilisation"}'] == 1.0
+    assert {value for labels, value in active.items() if "pool_util" not in labels} == {0.0}
+    assert set(over.values()) == {0.0}
+    key = '{rule="pool_utilisation",severity="warning",subject="burst"}'
+    assert subjects[key] == 0.0
+    assert sent['{webhook="webhooks[0]",what="delivered"}'] == 2.0
+    (logged,) = p.events("alert.began")
+    assert (logged["level"], logged["subject"], logged["threshold"]) == ("warning", "burst", 0.8)
+    assert p.events("alert.ended")[0]["level"] == "info"
+
+
+async def test_provider_when_its_only_backend_dies_is_down_without_any_webhook() -> None:
+    """Health's strikes and its ejection are the real ones; the log and the metric are enough."""
+    with closed_port() as port:
+        down = alerts(provider_down={"for": 0.05})
+        url = f"http://127.0.0.1:{port}"
+        async with proxy({"url": url}, alerts=down) as p, RawClient(p.port) as client:
+            for _ in range(6):
+                assert (await client.ask(chat())).status in (502, 503)
+            await eventually(lambda: p.events("alert.began"))
+            (logged,) = p.events("alert.began")
+            assert (logged["rule"], logged["subject"]) == ("provider_down", "openai")
+            assert logged["level"] == "error", "critical"
+            active = await metric(p, "beacon_alert_active")
+    assert active['{rule="provider_down"}'] == 1.0
+
+
+async def test_traffic_when_alerts_pour_out_and_their_webhook_hangs_is_untouched() -> None:
+    def used_up() -> Iterator[Gauge]:
+        for number in range(900):
+            yield Gauge("budget_used_ratio", "", 1.0, (("budget", f"b{number}"),))
+
+    async with receiver() as to, RawBackend(json_answer(DOCUMENT)) as backend:
+        to.answers.clear()
+        async with proxy(backend, alerts=alerts(to)) as p, RawClient(p.port) as client:
+            eyes = p.app._watch._eyes
+            eyes._sources = replace(eyes._sources, gauges=used_up)
+            await eventually(lambda: len(p.events("alert.began")) == 1800, 10)
+            for _ in range(50):
+                assert (await client.ask(chat())).status == 200
+            sent = await metric(p, "beacon_webhook_messages")
+            assert len(to.tries) == 1, "it still hangs"
+            p.app.hurry()
+    counts = {labels.split('"')[-2]: value for labels, value in sent.items()}
+    assert counts == {"delivered": 0.0, "failed": 0.0, "dropped": 1544.0, "waiting": 256.0}
+    assert len(p.events("webhook.overflowed")) == 1
+    assert [line["end"] for line in p.events("exchange.done")] == ["complete"] * 50
+
+
+async def test_alert_when_it_begins_as_the_proxy_stops_still_goes_out() -> None:
+    async with receiver(503) as to, RawBackend(answer(OK)) as backend:
+        async with proxy(backend, alerts=alerts(to, queue={"for": 0})) as p:
+            p.app.telemetry.queue_depth(100)
+            p.app._watch.look()
+            assert to.taken == []
+        assert len(to.taken) == 1
+    assert to.taken[0].json["data"]["rule"] == "queue"
+    assert p.events("webhook.failed") == []
+
+
+async def test_rules_when_all_are_off_the_proxy_has_no_task_for_them() -> None:
+    names = "pool_utilisation provider_down success_rate ttft_p95 budget blend_off_target ledger"
+    off = dict.fromkeys([*names.split(), "queue", "discovery", "log_lines_lost"], False)
+    async with RawBackend(answer(OK)) as backend, proxy(backend, alerts=alerts(**off)) as p:
+        assert "alerts" not in {task.get_name() for task in asyncio.all_tasks()}
+        assert await metric(p, "beacon_alert_active") == {}
