@@ -12,7 +12,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import ensurepip, ssl, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help install run test check count bench format lock clean
+.PHONY: help install run test check count bench replay format lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo 'make format   put the code into the format that `make check` asks for'
 	@echo 'make lock     take the newest versions that setup.cfg allows into the lock files'
 	@echo 'make bench    install the peers (800 MB), measure them and the proxy; BENCH_ARGS=… for a part of it'
+	@echo 'make replay   10 000 requests on a simulated clock: docs/replay.md and its picture'
 	@echo 'make clean    remove .venv and every cache'
 
 install: $(DONE)/package
@@ -112,6 +113,10 @@ lock: $(DONE)/venv
 # Load and mock backend on one core, each contender in its turn on the other; see bench/__init__.py.
 bench: $(DONE)/package
 	@$(BIN)/python -m bench $(BENCH_ARGS)
+
+# matplotlib, for the picture, is one of the bench's peers.
+replay: $(DONE)/package
+	@$(BIN)/python -m replay $(REPLAY_ARGS)
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
