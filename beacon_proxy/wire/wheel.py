@@ -31,7 +31,8 @@ class Wheel:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._buckets: dict[int, set[Timed]] = {}
+        # In the order in which they came: who runs out first must not hang on memory addresses.
+        self._buckets: dict[int, dict[Timed, None]] = {}
         self._order: list[int] = []  # a heap of the buckets there are
         self._timer: asyncio.TimerHandle | None = None
 
@@ -42,18 +43,18 @@ class Wheel:
         thing.bucket = bucket
         things = self._buckets.get(bucket)
         if things is None:
-            self._buckets[bucket] = things = set()
+            self._buckets[bucket] = things = {}
             heappush(self._order, bucket)
             if self._order[0] == bucket:
                 self._arm()
-        things.add(thing)
+        things[thing] = None
 
     def drop(self, thing: Timed) -> None:
         """Never ask again. Does nothing for a thing that is not on the wheel."""
         if thing.bucket is not None:
             things = self._buckets.get(thing.bucket)
             if things is not None:
-                things.discard(thing)
+                things.pop(thing, None)
             thing.bucket = None
 
     def close(self) -> None:
