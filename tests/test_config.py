@@ -9,6 +9,7 @@ import pytest
 import trustme
 
 from beacon_proxy.config import load_settings, resolve_backends
+from beacon_proxy.config.alerts import Alerts
 from beacon_proxy.contracts import Backend, Timeouts
 
 from .config_fakes import FAKES, ROW, load, problems
@@ -117,6 +118,14 @@ def test_settings_when_a_section_is_left_empty_take_it_as_left_out() -> None:
     settings = load(ROW + "\nserver:\ntimeouts:\nalerts: {webhooks: }\nbudgets:")
     assert settings.server.port == 8080
     assert settings.warnings == []
+
+
+def test_alert_rules_when_switched_keep_their_defaults_or_are_off() -> None:
+    text = "rules: {queue: false, budget: true, ledger: , log_lines_lost: off}"
+    rules = load(f"{ROW}\nalerts: {{{text}}}").alerts.rules
+    assert (rules.queue, rules.log_lines_lost) == (None, None)
+    assert (rules.budget, rules.ledger) == (Alerts().rules.budget, Alerts().rules.ledger)
+    assert rules.provider_down is not None, "what is left out is on"
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ class ProviderDown(Section):
 
 
 class SuccessRate(Section):
-    """The share of good attempts of a provider over the last 5 minutes."""
+    """The share of good attempts of a provider in a region over the last 5 minutes."""
 
     below: Share = Field(default=0.9, description="share of good attempts, 0..1")
     clear: Share | None = Field(
@@ -143,7 +143,7 @@ class SuccessRate(Section):
 
 
 class TtftP95(Section):
-    """A provider's TTFT p95 over the last 5 minutes, against its own over the hour before."""
+    """A provider's TTFT p95 in a region over 5 minutes, against its own over the hour before."""
 
     factor: Factor = Field(default=2.0, description="times the hour before")
     clear: Multiple | None = Field(
