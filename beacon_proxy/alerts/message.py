@@ -73,7 +73,7 @@ class Message:
             "rule": self.rule,
             "subject": self.subject,
             "severity": str(self.severity),
-            "value": None if self.value is None else round(self.value, 6),
+            "value": None if self.value is None else round(float(self.value), 6),
             "threshold": self.threshold,
             "since": None if self.since_unix is None else iso(self.since_unix),
         }
