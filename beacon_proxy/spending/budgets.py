@@ -262,6 +262,7 @@ class Budgets:
         """Tell those that fit into every limit from those that do not; either in its order."""
         model, now = exchange.model, self._clock()
         most, rooms = self._most(exchange), self._rooms(exchange, now)
+        least = min([most, *(room for _, room in rooms)])
         expected = self._expected
         planned = self._planned = {}
         fitting: list[Candidate] = []
@@ -269,6 +270,9 @@ class Budgets:
         for candidate in candidates:
             backend = candidate.backend
             usd = planned[backend.name] = expected(backend, candidate.live, model, now)
+            if usd <= least:
+                fitting.append(candidate)
+                continue
             full = tuple([b for b, room in rooms if usd > room and b.covers(backend)])
             if usd > most:
                 refused.append(Refused(candidate, usd, ()))

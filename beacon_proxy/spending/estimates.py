@@ -37,17 +37,14 @@ class Estimates:
                 duration -= outcome.cold_start
         quickest = typical.quickest * _RISE
         typical.quickest = quickest if quickest < duration else duration
+        every = self._all if model is not None else Typical()  # into nothing: see rule 1
+        if every is _GUESS:
+            every = self._all = Typical(billed, _GUESS.input, _GUESS.output)
         typical.billed += (_WEIGHT if typical.billed else 1.0) * (billed - typical.billed)
-        learning: tuple[Typical, ...] = (typical,)
-        if model is not None:
-            every = self._all
-            if every is _GUESS:
-                every = self._all = Typical(billed, _GUESS.input, _GUESS.output)
-            every.billed += _WEIGHT * (billed - every.billed)
-            learning = (typical, every)
+        every.billed += _WEIGHT * (billed - every.billed)
         usage = outcome.usage
         if usage is not None and outcome.backend.token_price is not None:
-            for each in learning:
+            for each in (typical, every):
                 each.input += (_WEIGHT if each.input else 1.0) * (usage.input - each.input)
                 each.output += (_WEIGHT if each.output else 1.0) * (usage.output - each.output)
 
