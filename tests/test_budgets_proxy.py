@@ -487,6 +487,16 @@ async def test_tenant_when_it_is_configured_is_hashed_wherever_it_is_told() -> N
         assert ACME not in shown.body.decode()
 
 
+async def test_tenant_when_its_header_is_not_passed_on_is_known_all_the_same() -> None:
+    """A client that hides it from the backend does not hide from its budget."""
+    for name, beside in (("X-Tenant", [("Connection", "X-Tenant")]), ("X-Beacon-Team", [])):
+        async with RawBackend(GOOD) as b, proxy(row(b), limits={"tenant_header": name}) as p:
+            assert (await ask(p, chat(headers=[*beside, (name, "acme")]))).status == 200
+            (line,) = await p.exchanges(1)
+            assert line["tenant"] == ACME
+            assert b.requests[0].header(name) == []
+
+
 async def test_tenant_when_it_is_not_configured_is_in_no_line() -> None:
     async with RawBackend(GOOD) as b, proxy(row(b)) as p:
         assert (await ask(p, of("acme"))).status == 200
