@@ -245,7 +245,8 @@ def test_split_over_any_thousand_while_both_pools_have_room_is_within_a_point(
     """And so it is while an outage is being paid back.
 
     Who fails is tried again, three times in all: with less than three backends in its pool that
-    could be where the other pool alone is left, and so spill.
+    could be where the other pool alone is left, and so spill. Where attempts fail, those that
+    spilled have ended before the thousand begin: what ran at an end and failed is not promised.
     """
     rng = random.Random(seed)
     cost = Cost(blend=Blend(share, 1.0 - share))
@@ -264,10 +265,13 @@ def test_split_over_any_thousand_while_both_pools_have_room_is_within_a_point(
         traffic.away.pools = frozenset({pool})
         run(length)
         traffic.away.pools = frozenset()
+    spilled = tuple(traffic.running) if failing else ()
+    while any(made in traffic.running for made in spilled):
+        run(1)
     since = traffic.steps
-    run(1500)
+    run(1700)
     traffic.drain()
-    assert worst(traffic.served(since), share, 1000) <= 10.0
+    assert worst(traffic.served(since), share, 1000) < 10.001
 
 
 @few
@@ -426,18 +430,19 @@ class Books:
     deficit: float = 0.0
     forgotten: float = 0.0
     allowed: float = 0.0  # spilled + overrun since the last dear attempt that was no spill
-    dear: int = 0
-    spills: int = 0
 
     def began(self, made: Try, reserved: float) -> None:
         """`reserved`: the expected excess of the dear ones that ran before it."""
         if made.excess <= 0.0:
             return
         if self.deficit + reserved + made.excess > 1e-12:
-            self.spills += 1
             self.allowed += made.excess
+            account = self.traffic.cost._account
+            assert account is not None
+            for row, live in self.traffic.fleet.rows:
+                needs_leave = row.name in account._excess or row.name in made.tried
+                assert needs_leave or live.in_flight >= row.max_in_flight, "a spill by need"
         else:
-            self.dear += 1
             self.allowed = 0.0
 
     def ended(self, made: Try, outcome: Outcome) -> None:
@@ -594,7 +599,7 @@ def outage() -> str:
     since = traffic.steps
     traffic.serve(100, away=("baseline",))
     row("100 while the baseline pool is away", traffic.served(since))
-    for first, last in ((1, 100), (101, 1000), (1001, 10_000), (10_001, 15_000), (15_001, 16_000)):
+    for first, last in ((1, 100), (101, 1000), (1001, 10_000), (10_001, 25_000), (25_001, 30_000)):
         since = traffic.steps
         traffic.serve(last - first + 1)
         row(f"{first} to {last} after", traffic.served(since))

@@ -16,17 +16,22 @@ from beacon_proxy.contracts import (
     Backend,
     Candidate,
     Exchange,
+    Gauge,
     Live,
     Outcome,
     Permit,
+    Recent,
     Stage,
+    TokenPrice,
+    Typical,
     Verdict,
+    Warmth,
 )
 from beacon_proxy.spending.bill import price_of
 from middleware.cost import Blend, Cost
 
 
-def backend(name: str, price: float = 0.0001, pool: str = "baseline") -> Backend:
+def backend(name: str, price: float = 0.0001, pool: str = "baseline", **more: Any) -> Backend:
     return Backend(
         name=name,
         provider="openai",
@@ -36,6 +41,7 @@ def backend(name: str, price: float = 0.0001, pool: str = "baseline") -> Backend
         port=1,
         pool=pool,
         price_per_second=price,
+        **more,
     )
 
 
@@ -416,6 +422,171 @@ def test_latency_when_estimate_is_old_tries_the_slow_one_again_with_one_exchange
     assert picked == ["modal", "golem", "golem"]
 
 
+def peers(p50: float | None, p95: float | None = None, success: float | None = None) -> Recent:
+    return Recent(ttft_p50=p50, ttft_p95=p95, success=success)
+
+
+def test_latency_when_one_was_never_asked_it_is_held_to_be_like_its_peers() -> None:
+    for p50, success, order in (
+        (0.4, 1.0, ["modal", "golem"]),
+        (0.4, None, ["modal", "golem"]),
+        (0.6, 1.0, ["golem", "modal"]),
+        (0.4, 0.5, ["golem", "modal"]),
+        (None, None, ["modal", "golem"]),  # nobody there has answered: one has to find out
+    ):
+        scene = Scene(GOLEM, MODAL)
+        scene.live(GOLEM).latency, scene.live(GOLEM).last_used = 0.5, scene.now
+        scene.live(MODAL).recent = peers(p50, None, success)
+        assert scene.order(False) == order
+
+
+def test_latency_when_peers_are_fast_a_newcomer_still_gets_one_exchange_at_a_time() -> None:
+    scene = Scene(GOLEM, MODAL)
+    scene.live(GOLEM).latency, scene.live(GOLEM).last_used = 0.5, scene.now
+    scene.live(MODAL).recent = peers(0.1)
+    picked = [scene.begin(cost_priority=False)[1].name for _ in range(4)]
+    assert picked == ["modal", "golem", "golem", "golem"]
+
+
+def test_latency_when_it_never_answered_well_is_not_believed_to_be_like_its_peers() -> None:
+    scene = Scene(GOLEM, MODAL)
+    for of in (GOLEM, MODAL):
+        scene.live(of).last_used = scene.now
+    scene.live(GOLEM).latency, scene.live(MODAL).recent = 20.0, peers(0.1)
+    assert scene.order(False) == ["golem", "modal"]
+
+
+def test_latency_when_a_cold_one_has_fast_peers_is_not_started_to_find_out() -> None:
+    scene = Scene(GOLEM, MODAL)
+    scene.live(GOLEM).latency, scene.live(GOLEM).last_used = 5.0, scene.now
+    scene.live(MODAL).recent = peers(0.1)
+    scene.live(MODAL).learn_warmth(Warmth.COLD, math.inf)
+    assert scene.order(False) == ["golem", "modal"]
+
+
+def test_latency_when_the_tail_is_long_a_steady_one_goes_first() -> None:
+    scene = Scene(GOLEM, MODAL)
+    steady, shaky = scene.live(GOLEM), scene.live(MODAL)
+    for live, latency in ((steady, 1.0), (shaky, 0.7)):
+        live.latency, live.last_used = latency, scene.now
+    assert scene.order(False) == ["modal", "golem"]
+    steady.recent, shaky.recent = peers(1.0, 1.5), peers(0.2, 10.0)
+    assert scene.order(False) == ["golem", "modal"]
+
+
+# Prices by the token
+
+
+PER_TOKEN = backend("tokens", 0.0, "burst", token_price=TokenPrice(0.1e-6, 0.4e-6))
+
+
+def typical(billed: float, input: float = 0.0, output: float = 0.0) -> Typical:
+    return Typical(billed, input, output)
+
+
+def test_cost_when_nothing_is_known_a_token_price_stands_by_a_usual_request() -> None:
+    """200 tokens each way are 0.0001 USD, in the 5 s that the others would take: 0.00002 a second.
+
+    By its price per second, which is 0, it would always be first.
+    """
+    scene = Scene(MODAL, RUNPOD, GOLEM, PER_TOKEN)
+    assert scene.order(True) == ["tokens", "golem", "runpod", "modal"]
+    dear = replace(PER_TOKEN, token_price=TokenPrice(1e-6, 4e-6))
+    assert Scene(MODAL, RUNPOD, GOLEM, dear).order(True) == ["golem", "tokens", "runpod", "modal"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seconds", "order"),
+    [
+        (1000.0, 1.0, ["golem", "runpod", "modal", "tokens"]),  # 0.0005 USD where Modal's is 0.0003
+        (1000.0, 2.2, ["golem", "tokens", "runpod", "modal"]),
+        (1000.0, 1.9, ["golem", "runpod", "tokens", "modal"]),
+        (1000.0, 9.0, ["tokens", "golem", "runpod", "modal"]),
+    ],
+)
+def test_cost_when_requests_are_known_a_token_price_stands_by_what_they_take(
+    tokens: float, seconds: float, order: list[str]
+) -> None:
+    scene = Scene(MODAL, RUNPOD, GOLEM, PER_TOKEN)
+    scene.live(PER_TOKEN).typical["m"] = typical(0.1, tokens, tokens)
+    for of in (MODAL, RUNPOD, GOLEM):
+        scene.live(of).typical["m"] = typical(seconds)
+        scene.live(of).typical["other"] = typical(1000.0)
+    asked = exchange(True)
+    asked.model = "m"
+    assert names(scene.cost.select(asked, scene.candidates())) == order
+
+
+def test_cost_when_one_got_long_requests_does_not_look_dearer_for_it() -> None:
+    """Ranked by what it took itself it would be asked no more, and never be found out."""
+    scene = Scene(MODAL, GOLEM)
+    scene.live(GOLEM).typical["m"], scene.live(MODAL).typical["m"] = typical(60.0), typical(1.0)
+    asked = exchange(True)
+    asked.model = "m"
+    assert names(scene.cost.select(asked, scene.candidates())) == ["golem", "modal"]
+
+
+def test_blend_when_a_pool_has_both_prices_takes_the_cheaper_for_this_request() -> None:
+    scene = Scene(RUNPOD, PER_TOKEN, cost=Cost(blend=Blend(0.0, 1.0)))
+    assert scene.order() == ["tokens", "runpod"]
+    scene.live(PER_TOKEN).typical[None] = typical(1.0, 9000.0, 9000.0)
+    assert scene.order() == ["runpod", "tokens"]
+
+
+# The bound on the price
+
+
+def test_max_blended_price_when_nothing_is_saved_goes_over_region_and_wish() -> None:
+    for cost_priority in (True, False, None):
+        near, far = Candidate(MODAL, Live()), Candidate(GOLEM, Live(), priority=1)
+        nearest = Candidate(replace(GOLEM, name="weak"), Live(), last_resort=True)
+        cost = Cost(max_blended_price=0.00016)
+        order = names(cost.select(exchange(cost_priority), [nearest, near, far]))
+        assert order == ["golem", "modal", "weak"]
+        cost.observe(exchange(), outcome(GOLEM, duration=1000.0))
+        order = names(cost.select(exchange(cost_priority), [nearest, near, far]))
+        assert order == ["modal", "golem", "weak"], "what was saved may be spent"
+
+
+def test_max_blended_price_when_all_are_dear_takes_the_cheapest_first() -> None:
+    for cost_priority in (True, False, None):
+        near = Candidate(MODAL, Live())
+        rows = [near, Candidate(RUNPOD, Live(), priority=2), Candidate(GOLEM, Live(), priority=2)]
+        order = names(Cost(max_blended_price=0.00005).select(exchange(cost_priority), rows))
+        assert order == ["golem", "runpod", "modal"]
+
+
+@pytest.mark.parametrize(
+    ("of", "known", "cold", "reserved"),
+    [
+        (GOLEM, typical(10.0), False, 0.0),
+        (MODAL, typical(10.0), False, 10 * (0.0003 - 0.00016)),
+        (MODAL, None, False, 5 * (0.0003 - 0.00016)),
+        (MODAL, typical(10.0), True, 50 * (0.0003 - 0.00016)),
+        (PER_TOKEN, typical(1.0, 1000.0, 1000.0), False, 0.0005 - 0.00016),
+        (PER_TOKEN, typical(10.0, 1000.0, 1000.0), False, 0.0),
+    ],
+)
+def test_max_blended_price_when_one_runs_keeps_its_expected_excess_free(
+    of: Backend, known: Typical | None, cold: bool, reserved: float
+) -> None:
+    cost, live = Cost(max_blended_price=0.00016, clock=lambda: 5000.0), Live()
+    account = cost._account
+    assert account is not None
+    if known is not None:
+        live.typical[None] = known
+    if cold:
+        live.learn_warmth(Warmth.COLD, math.inf)
+        live.cold_starts.note(40.0)
+    cost.select(exchange(True), [Candidate(of, live)])
+    permit = cost.admit(exchange(True), of)
+    assert permit is not None
+    assert account.reserved == pytest.approx(reserved)
+    permit.release()
+    permit.release()
+    assert account.reserved == 0.0
+
+
 def test_max_blended_price_while_average_is_above_orders_cheapest_first() -> None:
     scene = Scene(cost=Cost(max_blended_price=0.00012))
     assert scene.cost.blended_price() == 0.0
@@ -437,10 +608,61 @@ def test_blended_price_when_nothing_was_sent_does_not_count_it() -> None:
     assert cost.blended_price() == pytest.approx(0.0003)
 
 
+def shown(cost: Cost) -> dict[tuple[str, ...], float]:
+    def key(gauge: Gauge) -> tuple[str, ...]:
+        return (gauge.name, *(value for _, value in gauge.labels))
+
+    return {key(gauge): gauge.value for gauge in cost.gauges()}
+
+
+def test_gauges_when_nothing_was_served_show_no_share_and_no_price() -> None:
+    assert shown(Cost()) == {
+        ("blend_target_share", "baseline"): 0.7,
+        ("blend_target_share", "burst"): pytest.approx(0.3),
+        ("blend_debt", "baseline"): 0.0,
+        ("blend_debt", "burst"): 0.0,
+    }
+
+
+@pytest.mark.parametrize(("by", "baseline"), [("requests", 0.5), ("seconds", 0.25), ("cost", 0.1)])
+def test_gauges_when_served_show_the_share_in_the_unit_of_the_split(
+    by: Any, baseline: float
+) -> None:
+    cost = Cost(blend=Blend(by=by), max_blended_price=0.0002)
+    for _ in range(500):
+        cost.observe(exchange(), outcome(GOLEM, duration=1.0))
+        cost.observe(exchange(), outcome(MODAL, duration=3.0))
+        cost.observe(exchange(True), outcome(GOLEM, Verdict.STRIKE, duration=0.0))
+    figures = shown(cost)
+    assert figures["blend_share", "baseline"] == pytest.approx(baseline, abs=0.002)
+    assert figures["blend_share", "burst"] == pytest.approx(1.0 - baseline, abs=0.002)
+    assert figures["blended_price_usd_per_second",] == pytest.approx(0.00025, rel=0.001)
+    assert figures["blended_price_deficit_usd",] == pytest.approx(500 * (0.001 - 0.0008))
+
+
+def test_gauges_when_the_share_changed_show_that_of_the_last_thousand_or_so() -> None:
+    scene = Scene(GOLEM, MODAL)
+    scene.serve(3000)
+    scene.serve(3000, down=frozenset({"burst"}))
+    figures = shown(scene.cost)
+    assert figures["blend_share", "baseline"] > 0.98
+    assert (figures["blend_debt", "baseline"], figures["blend_debt", "burst"]) == (
+        0.0,
+        pytest.approx(900.0, abs=5.0),
+    )
+
+
+@pytest.mark.parametrize("default", ["cost", "latency"])
+def test_gauges_when_the_blend_decides_nothing_show_none_of_it(default: Any) -> None:
+    scene = Scene(cost=Cost(default=default))
+    scene.serve(10)
+    assert set(shown(scene.cost)) == {("blended_price_usd_per_second",)}
+
+
 def test_options_when_left_out_are_the_documented_ones() -> None:
     chosen = Cost()
     assert (chosen.default, chosen.max_blended_price) == ("blend", None)
-    assert chosen.blend == Blend(baseline=0.7, burst=0.3, by="requests")
+    assert chosen.blend == Blend(baseline=0.7, burst=0.3, by="requests", payback=0.0025)
     assert Blend(1.0, 0.0).baseline == 1.0
 
 
@@ -464,6 +686,8 @@ def test_options_when_wrong_are_named(options: dict[str, Any], message: str) -> 
         ({"baseline": 0.7, "burst": math.nan}, "shares: must be >= 0, got 0.7 and nan"),
         ({"baseline": 1.2, "burst": -0.2}, "shares: must be >= 0, got 1.2 and -0.2"),
         ({"by": "tokens"}, "by: must be one of requests, seconds, cost, got 'tokens'"),
+        ({"payback": -0.1}, "payback: must be between 0 and 1, got -0.1"),
+        ({"payback": math.nan}, "payback: must be between 0 and 1, got nan"),
     ],
 )
 def test_blend_options_when_wrong_are_named(options: dict[str, Any], message: str) -> None:

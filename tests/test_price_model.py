@@ -340,3 +340,28 @@ async def test_max_price_when_only_a_rented_one_is_within_it_asks_that_one() -> 
         assert got.status == wanted
         if wanted == 200:
             assert got.header("x-beacon-backend") == [b"b1"]
+
+
+async def test_metrics_when_requests_were_split_show_the_blend_and_the_price() -> None:
+    chain = ["health", "region", {"cost": {"max_blended_price": 1.0}}, "capacity", "failover"]
+    async with (
+        RawBackend(json_answer(CHAT.document)) as b,
+        proxy(
+            {"url": b, "pool": "baseline", "price_per_second": 0.25},
+            {"url": b, "pool": "burst", "price_per_second": 0.25},
+            middleware=chain,
+        ) as p,
+        RawClient(p.port) as client,
+    ):
+        for _ in range(10):
+            await client.ask(CHAT.request(stream=False), "POST")
+        asked = b"GET /metrics HTTP/1.1\r\nHost: h\r\nAccept: text/plain\r\n\r\n"
+        text = (await client.ask(asked)).body.decode()
+    lines = [line for line in text.splitlines() if line.startswith("beacon_blend")]
+    figures = {name: float(value) for name, value in (line.split() for line in lines)}
+    assert figures['beacon_blend_share{pool="baseline"}'] == pytest.approx(0.7, abs=0.01)
+    assert figures['beacon_blend_share{pool="burst"}'] == pytest.approx(0.3, abs=0.01)
+    assert figures['beacon_blend_target_share{pool="baseline"}'] == 0.7
+    assert figures['beacon_blend_debt{pool="burst"}'] == 0.0
+    assert figures["beacon_blended_price_usd_per_second"] == pytest.approx(0.25)
+    assert figures["beacon_blended_price_deficit_usd"] < 0.0

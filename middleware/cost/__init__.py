@@ -76,18 +76,17 @@ class Cost:
 
     def select(self, exchange: Exchange, candidates: Candidates) -> Candidates:
         """Sort; candidates of last resort stay behind, in the order in which they came."""
-        wish, account = exchange.cost_priority, self._account
+        wish, account, now = exchange.cost_priority, self._account, self.clock()
         mode = self.default if wish is None else "cost" if wish else "latency"
         rank: Rank
         if mode == "blend":
-            rank = by_blend(self._ledger.first(), candidates, exchange.model, self.clock())
+            rank = by_blend(self._ledger.first(), candidates, exchange.model, now)
         elif mode == "cost":
-            rank = by_price(candidates, exchange.model, self.clock())
+            rank = by_price(candidates, exchange.model, now)
         else:
-            rank = by_latency(self.clock())
+            rank = by_latency(now)
         if account is None:
             return sorted(candidates, key=rank)
-        now = self.clock()
         within, beyond, last = account.parted(candidates, exchange.model, now)
         self._ledger.lends = not beyond
         within.sort(key=rank)

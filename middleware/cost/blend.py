@@ -20,8 +20,8 @@ requests the part of baseline is then its share of n, less what standing + debt 
 ends, and but for the attempts that ran at one of its ends and failed. The standing is within
 `_NEAR`, so it gains no more than twice that. The debt changes by payback, at each request that
 ends, and by spills; or where so many fail between two choices that rule 4 holds. By requests, while
-both pools have room and `payback` is 0.005, that is 4 + 5, and 0.005 for each that ran at the
-beginning: no more than 10 in 1000 with 200 at once. By seconds and by cost the same holds in mean
+both pools have room and `payback` is 0.0025, that is 4 + 2.5, and 0.0025 for each that ran at the
+beginning: 7 in 1000 with 200 at once, and 3 are left for what ran at an end and failed. By seconds and by cost the same holds in mean
 amounts, and what ran at either end counts with how far it was off the mean: an amount is not known
 before its end.
 """
@@ -41,7 +41,7 @@ _NEAR = {"requests": 2.0, "seconds": 5.0, "cost": 5.0}
 # Held against an exchange while no pool has served: in amounts.
 _GUESS = {"requests": 1.0, "seconds": 5.0, "cost": 0.001}
 # In mean amounts: as much as the stretch over which the split is promised. With the default payback
-# it takes 200 000 requests to make up for; who was away for longer starts anew.
+# it takes 400 000 requests to make up for; who was away for longer starts anew.
 _MEMORY = 1000.0
 _MEAN_WEIGHT = 0.1  # of the newest amount in a pool's mean
 _FADE = 0.999  # kept of the past at each exchange: the last thousand or so make the share shown
@@ -60,7 +60,7 @@ class Blend:
         default="requests", metadata={"help": "what is split: requests, seconds or cost (USD)"}
     )
     payback: float = field(
-        default=0.005,
+        default=0.0025,
         metadata={"help": "share by which the split may lean to make up for a spill; 0: forget it"},
     )
 

@@ -13,10 +13,11 @@ an attempt is what its excess was above the expected one, and above zero. So at 
 
     sum(usd) <= bound x sum(billed) + spilled + overrun + forgotten
 
-with `spilled` the expected excess of the spills, and `overrun` that of all attempts, which ended
-since the last dear attempt that was no spill was begun. Who bills seconds below the bound never
-overruns, so `overrun` is at most one error of estimate for each dear attempt that was then
-running, and for each spill; who bills tokens, and was expected to be cheap, may add its own.
+where, since the last dear attempt that was no spill was begun, `spilled` is the expected excess of
+the spills that were begun and `overrun` that of all attempts that ended. Who bills seconds below
+the bound never overruns, so `overrun` is at most one error of estimate for each dear attempt that
+was then running, and for each spill; who bills tokens, and was expected to be cheap, may add its
+own.
 `forgotten` is what the memory leaves out: the deficit is kept within +-`_MEMORY` x bound. That it
 is kept from falling is no loss: over any stretch of time, not only from the start, the same
 inequality holds with `_MEMORY` x bound, which may have been saved before, on its right side.
