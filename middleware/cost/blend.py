@@ -21,9 +21,9 @@ ends, and but for the attempts that ran at one of its ends and failed. The stand
 `_NEAR`, so it gains no more than twice that. The debt changes by payback, at each request that
 ends, and by spills; or where so many fail between two choices that rule 4 holds. By requests, while
 both pools have room and `payback` is 0.0025, that is 4 + 2.5, and 0.0025 for each that ran at the
-beginning: 7 in 1000 with 200 at once, and 3 are left for what ran at an end and failed. By seconds and by cost the same holds in mean
-amounts, and what ran at either end counts with how far it was off the mean: an amount is not known
-before its end.
+beginning: 7 in 1000 with 200 at once, and 3 are left for what ran at an end and failed. By seconds
+and by cost the same holds in mean amounts, and what ran at either end counts with how far it was
+off the mean: an amount is not known before its end.
 """
 
 from __future__ import annotations
