@@ -102,6 +102,15 @@ class Recorder:
         return structlog.wrap_logger(None, processors=[self], wrapper_class=wrapper)
 
 
+def _observer(outcomes: list[Any]) -> type:
+    @dataclass
+    class Observer:
+        def observe(self, exchange: Any, outcome: Any) -> None:
+            outcomes.append(outcome)
+
+    return Observer
+
+
 class Proxy:
     """A running proxy, as a test sees it."""
 
@@ -149,14 +158,16 @@ async def proxy(
     leaks: bool = False,
     head_timeout: float = 75.0,
     providers: dict[str, type] | None = None,
+    outcomes: list[Any] | None = None,
     **overrides: Any,
 ) -> AsyncIterator[Proxy]:
     """Run the proxy before `backends`, rows of beacon.yaml (a `url` may be a RawBackend) or
     RawBackends alone: provider openai, region us-east, named b0, b1, ….
 
-    `providers` are plugins beside the built-in ones. `overrides` are top-level keys of beacon.yaml;
-    `server` and `timeouts` are merged into the kit's own; without a `ledger` none is kept. At the
-    end every permit must be back, unless `leaks` says that the test looks itself.
+    `providers` are plugins beside the built-in ones. `outcomes` gets that of each attempt, told to
+    a middleware at the end of the chain. `overrides` are top-level keys of beacon.yaml; `server`
+    and `timeouts` are merged into the kit's own; without a `ledger` none is kept. At the end every
+    permit must be back, unless `leaks` says that the test looks itself.
     """
     from beacon_proxy.app import App
     from beacon_proxy.config import load_settings
@@ -171,6 +182,10 @@ async def proxy(
     known = plugins()
     if providers:
         known = replace(known, providers={**known.providers, **providers})
+    if outcomes is not None:
+        known = replace(known, middleware={**known.middleware, "observer": _observer(outcomes)})
+        chain = document.get("middleware") or [{name: {}} for name in MIDDLEWARE]
+        document["middleware"] = [*chain, {"observer": {}}]
     with written(document) as path:
         settings = load_settings(path, env or {}, known)
     recorder = Recorder()

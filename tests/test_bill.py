@@ -1,0 +1,586 @@
+"""What an attempt is charged for: seconds and tokens, whatever its end, through the whole proxy.
+
+Each backend bills a dollar a second, so that `usd` is `billed`, or dollars by the token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from beacon_proxy.contracts import Fault, Outcome, Stage, Submission, Usage, Verdict
+from beacon_proxy.contracts import Reply as Replies
+from beacon_proxy.wire.dialects import Shape
+
+from .kit import (
+    APIS,
+    CHAT,
+    LAST_CHUNK,
+    MESSAGES,
+    OLLAMA_CHAT,
+    SSE_HEAD,
+    Api,
+    BackendConn,
+    Proxy,
+    RawBackend,
+    RawClient,
+    Script,
+    chat,
+    chunk,
+    closed_port,
+    each_request,
+    event,
+    eventually,
+    json_answer,
+    json_bytes,
+    proxy,
+    request,
+    sse,
+)
+from .test_cases_upg import HANDSHAKE, switch
+from .test_hops import Warming
+from .test_transports import HOPS, JSON, SEE_OTHER, carried, hopping
+from .test_usage import COUNTS, DOCUMENTS, FINISH, TOKENS, TOLD
+
+DOLLAR = {"price_per_second": 1.0}
+BY_TOKENS = {"price_per_million_tokens": {"input": 1.0, "output": 10.0}}
+PATHS = {
+    Shape.CHAT: "/v1/chat/completions",
+    Shape.MESSAGES: "/v1/messages",
+    Shape.RESPONSES: "/v1/responses",
+    Shape.OLLAMA: "/api/chat",
+}
+GOOD = {"choices": [{"message": {"content": "hi"}}], "usage": COUNTS}
+CHEAPEST = ("X-Beacon-Cost-Priority", "true")
+
+
+@asynccontextmanager
+async def billing(
+    *rows: RawBackend | dict[str, Any], **more: Any
+) -> AsyncIterator[tuple[Proxy, list[Outcome]]]:
+    """A proxy, and the outcomes of its attempts; a row's price is a dollar a second."""
+    outcomes: list[Outcome] = []
+    priced = [{**DOLLAR, **({"url": row} if isinstance(row, RawBackend) else row)} for row in rows]
+    async with proxy(*priced, outcomes=outcomes, **more) as p:
+        yield p, outcomes
+
+
+def asks(path: str, *, stream: bool = False, size: int = 0) -> bytes:
+    """A request with a body of about `size` bytes."""
+    body = {"model": "m", "stream": stream, "prompt": "x" * size}
+    return request("POST", path, [("Content-Type", "application/json")], json.dumps(body).encode())
+
+
+def guessed(data: bytes) -> int:
+    """Tokens of a request's body, by its size."""
+    return -(-len(data.partition(b"\r\n\r\n")[2]) // 4)
+
+
+def silent(*pieces: bytes) -> tuple[Script, asyncio.Event]:
+    """A backend that says `pieces` and then nothing; the event: it was left."""
+    left = asyncio.Event()
+
+    async def script(conn: BackendConn) -> None:
+        await conn.request()
+        for piece in pieces:
+            await conn.send(piece)
+        await conn.wait_closed()
+        left.set()
+
+    return script, left
+
+
+# -- tokens that the backend counts --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in TOLD if not name.endswith(("cut", "failed", "alone"))]
+)
+async def test_tokens_of_a_stream_when_backend_says_them_are_those(name: str) -> None:
+    """And not a byte of it is another one to the client."""
+    shape, pieces, told = TOLD[name]
+    head = SSE_HEAD
+    if shape is Shape.OLLAMA:
+        head = head.replace(b"text/event-stream", b"application/x-ndjson")
+    async with (
+        RawBackend(sse(pieces, head=head)) as backend,
+        billing({"url": backend, **BY_TOKENS}) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        got = await client.ask(data := asks(PATHS[shape], stream=True))
+        (said,) = await p.exchanges(1)
+    assert (got.complete, got.body) == (True, b"".join(pieces))
+    (outcome,) = outcomes
+    if None in told:
+        assert outcome.usage is not None
+        assert outcome.usage == Usage(guessed(data), outcome.usage.output, estimated=True)
+        assert said["tokens_estimated"] is True
+        return
+    assert outcome.usage == Usage(*told)  # type: ignore[arg-type]
+    assert (said["tokens_in"], said["tokens_out"]) == told
+    assert "tokens_estimated" not in said
+    assert outcome.usd == pytest.approx(told[0] * 1e-6 + told[1] * 10e-6)  # type: ignore[operator]
+    assert said["cost_usd"] == pytest.approx(outcome.usd)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("how", ["held", "gzip", "large", "large, chunked", "passed on"])
+async def test_tokens_of_a_document_when_backend_says_them_are_those(name: str, how: str) -> None:
+    document, (given, made) = DOCUMENTS[name]
+    content = {**document, "choices": [{"text": "y" * (1_100_000 if "large" in how else 50)}]}
+    body = raw = json.dumps(content).encode()
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+    pieces = [head + b"Content-Length: %d\r\n\r\n" % len(body), body]
+    if how == "gzip":
+        body = gzip.compress(raw)
+        coding = b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
+        pieces = [head + coding % len(body), body]
+    elif how == "large, chunked":
+        pieces = [head + b"Transfer-Encoding: chunked\r\n\r\n", chunk(body), LAST_CHUNK]
+
+    async def script(conn: BackendConn) -> None:
+        async for _ in each_request(conn):
+            for number, piece in enumerate(pieces):
+                if how == "passed on" and number:
+                    await passed.wait()
+                await conn.send(piece)
+
+    passed = asyncio.Event()
+    path = "/v1/embeddings" if made is None else "/v1/completions"
+    async with (
+        RawBackend(script) as backend,
+        billing({"url": backend, **BY_TOKENS}) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        await client.send(data := asks(path))
+        head_got = await client.head()
+        passed.set()
+        got = await client.body(head_got, "POST")
+        await p.exchanges(1)
+    assert (got.complete, got.body) == (True, body)
+    (outcome,) = outcomes
+    assert outcome.usage is not None
+    if given is None:
+        assert outcome.usage.input == guessed(data)
+        assert outcome.usage.estimated
+    else:
+        assert outcome.usage == Usage(given, made or 0)
+
+
+async def test_tokens_of_embeddings_when_nobody_counts_are_those_of_the_input_alone() -> None:
+    async with (
+        RawBackend(json_answer({"data": [{"embedding": [0.5] * 500}]})) as backend,
+        billing({"url": backend, **BY_TOKENS}) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        await client.ask(data := asks("/v1/embeddings", size=4000))
+        await p.exchanges(1)
+    assert [each.usage for each in outcomes] == [Usage(guessed(data), 0, estimated=True)]
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        pytest.param(chat(), 400, id="an error"),
+        pytest.param(chat(), 500, id="a failure"),
+        pytest.param(asks("/v1/messages/count_tokens"), 200, id="a count of tokens, which is free"),
+        pytest.param(asks("/v1/files"), 200, id="no inference"),
+        pytest.param(request("GET", "/v1/models/m"), 200, id="a question"),
+    ],
+)
+async def test_tokens_of_what_runs_no_model_are_none(data: bytes, status: int) -> None:
+    async with (
+        RawBackend(json_answer({"input_tokens": 9, "error": None}, status)) as backend,
+        billing({"url": backend, **BY_TOKENS}) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        await client.ask(data)
+        (said,) = await p.exchanges(1)
+    assert [(each.usage, each.usd) for each in outcomes] == [(None, 0.0)] * len(outcomes)
+    assert outcomes
+    assert "tokens_in" not in said
+
+
+async def test_tokens_of_a_stream_in_a_coding_are_guessed_from_its_size() -> None:
+    """It cannot be read, and is passed on from its first byte."""
+    coded = gzip.compress(b"".join((*TOKENS, FINISH)))
+    head = SSE_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
+    async with (
+        RawBackend(sse([coded], head=head)) as backend,
+        billing(backend) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        got = await client.ask(data := asks(CHAT.path, stream=True))
+        await p.exchanges(1)
+    assert got.body == coded
+    expected = Usage(guessed(data), len(coded) // 13, estimated=True)
+    assert [each.usage for each in outcomes] == [expected]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_tokens_of_the_translated_route_are_as_its_provider_reads_them(stream: bool) -> None:
+    """llama.cpp's own names, which no dialect has."""
+    counts = {"tokens_evaluated": 33, "tokens_predicted": 5}
+    events = (event({"content": "hi"}), event({"content": "", "stop": True, **counts}))
+    script = (
+        sse((*events, b"data: [DONE]\n\n")) if stream else json_answer({"content": "a", **counts})
+    )
+    async with RawBackend(script) as backend, billing(backend) as (p, outcomes):
+        async with RawClient(p.port) as client:
+            await client.ask(asks("/inference", stream=stream, size=40))
+        (said,) = await p.exchanges(1)
+    assert [each.usage for each in outcomes] == [Usage(33, 5)]
+    assert (said["tokens_in"], said["tokens_out"]) == (33, 5)
+
+
+# -- a client that leaves, a stream that breaks --------------------------------------------------
+
+
+@pytest.mark.parametrize("api", APIS, ids=lambda api: api.name)
+@pytest.mark.parametrize("translated", [False, True])
+async def test_stream_when_the_client_leaves_is_charged_for_what_ran(
+    api: Api, translated: bool
+) -> None:
+    if translated and api is not CHAT:
+        return  # `openai` asks every backend in the words of a chat
+    script, left = silent(api.head, *map(chunk, api.quiet + api.content))
+    data = asks("/inference", stream=True, size=80) if translated else api.request(stream=True)
+    async with (
+        RawBackend(script) as backend,
+        billing({"url": backend, **BY_TOKENS}) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        await client.send(data)
+        for _ in range(3):
+            await client.read_until(b"hello ")
+        began = time.monotonic()
+        await asyncio.sleep(0.03)
+        client.close()
+        async with asyncio.timeout(2):
+            await left.wait()
+        (said,) = await p.exchanges(1)
+    given = 5 if api is MESSAGES else 20 if translated else guessed(data)
+    (outcome,) = outcomes
+    assert (outcome.verdict, outcome.fault) == (Verdict.NEUTRAL, Fault.CLIENT_CLOSED)
+    assert outcome.usage == Usage(given, 3, estimated=True)
+    assert outcome.usd == pytest.approx(given * 1e-6 + 3 * 10e-6)
+    assert 0.03 <= outcome.billed <= outcome.duration <= time.monotonic() - began + 5
+    assert said["tokens_estimated"] is True
+
+
+@pytest.mark.parametrize("api", APIS, ids=lambda api: api.name)
+async def test_document_when_the_client_leaves_is_charged_for_what_ran(api: Api) -> None:
+    """What it wrote nobody knows; it has read the prompt."""
+    script, left = silent()
+    async with (
+        RawBackend(script) as backend,
+        billing(backend) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        await client.send(data := api.request(stream=False))
+        await eventually(lambda: backend.requests)
+        await asyncio.sleep(0.03)
+        client.close()
+        async with asyncio.timeout(2):
+            await left.wait()
+        await p.exchanges(1)
+    (outcome,) = outcomes
+    assert outcome.usage == Usage(guessed(data), 0, estimated=True)
+    assert 0.03 <= outcome.billed == outcome.usd <= outcome.duration
+
+
+async def test_document_when_the_client_leaves_inside_it_is_charged_for_what_came() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99999\r\n\r\n"
+    script, left = silent(head, b"{" + b" " * 3999)
+    async with (
+        RawBackend(script) as backend,
+        billing(backend) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        await client.send(data := chat())
+        assert (await client.head()).status == 200
+        client.close()
+        async with asyncio.timeout(2):
+            await left.wait()
+        await p.exchanges(1)
+    assert [each.usage for each in outcomes] == [Usage(guessed(data), 1000, estimated=True)]
+
+
+@pytest.mark.parametrize("api", APIS, ids=lambda api: api.name)
+@pytest.mark.parametrize("how", ["close", "reset"])
+async def test_stream_when_it_breaks_is_charged_for_what_ran(api: Api, how: str) -> None:
+    async def script(conn: BackendConn) -> None:
+        await conn.request()
+        await conn.send(api.head + b"".join(map(chunk, api.quiet + api.content)))
+        await shown.wait()
+        getattr(conn, how)()
+
+    shown = asyncio.Event()
+    async with (
+        RawBackend(script) as backend,
+        billing({"url": backend, **BY_TOKENS}) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        await client.send(data := api.request(stream=True))
+        await client.read_until(b"hello ")
+        shown.set()
+        await p.exchanges(1)
+    (outcome,) = outcomes
+    assert (outcome.verdict, outcome.stage) == (Verdict.STRIKE, Stage.STREAM)
+    given = 5 if api is MESSAGES else guessed(data)
+    assert outcome.usage == Usage(given, 3, estimated=True)
+    assert outcome.billed > 0
+
+
+async def test_stream_when_each_chunk_counts_and_the_client_leaves_is_charged_by_the_last() -> None:
+    """vLLM's continuous_usage_stats: what it says, nobody need guess."""
+    _, pieces, _ = TOLD["vLLM, continuous, cut"]
+    script, left = silent(SSE_HEAD, *map(chunk, pieces))
+    async with (
+        RawBackend(script) as backend,
+        billing(backend) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        await client.send(chat(stream=True))
+        await client.read_until(b'"completion_tokens":3}')
+        client.close()
+        async with asyncio.timeout(2):
+            await left.wait()
+        await p.exchanges(1)
+    assert [each.usage for each in outcomes] == [Usage(33, 3)]
+
+
+async def test_picture_when_the_client_leaves_is_not_charged_as_text() -> None:
+    url = "data:image/png;base64," + "A" * 400_000
+    picture = {"type": "image_url", "image_url": {"url": url}}
+    body = json.dumps({"messages": [{"role": "user", "content": [picture]}]}).encode()
+    script, left = silent()
+    async with (
+        RawBackend(script) as backend,
+        billing(backend) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        fields = [("Content-Type", "application/json")]
+        await client.send(request("POST", CHAT.path, fields, body))
+        await eventually(lambda: backend.requests)
+        client.close()
+        async with asyncio.timeout(2):
+            await left.wait()
+        await p.exchanges(1)
+    (outcome,) = outcomes
+    assert outcome.usage is not None
+    assert 1000 <= outcome.usage.input <= 1100
+
+
+async def test_upload_when_the_client_leaves_in_it_is_charged_seconds_and_no_tokens() -> None:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    size = 6 << 20  # past the replay cap, so it goes out as it comes
+
+    async def script(conn: BackendConn) -> None:
+        await conn.head_only()
+        asked.set()
+        await conn.wait_closed()
+
+    asked = asyncio.Event()
+    async with (
+        RawBackend(script) as backend,
+        billing(backend) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        await client.send(head + b"Content-Length: %d\r\n\r\n{" % size + b" " * (5 << 20))
+        async with asyncio.timeout(5):
+            await asked.wait()
+        await asyncio.sleep(0.03)
+        client.close()
+        await p.exchanges(1)
+    (outcome,) = outcomes
+    assert (outcome.usage, outcome.stage) == (None, Stage.SEND)
+    assert 0.03 <= outcome.billed == outcome.usd
+
+
+# -- seconds -------------------------------------------------------------------------------------
+
+
+def takes(seconds: float, answer: bytes = json_bytes(GOOD)) -> Script:
+    async def script(conn: BackendConn) -> None:
+        async for _ in each_request(conn):
+            await asyncio.sleep(seconds)
+            await conn.send(answer)
+
+    return script
+
+
+async def test_seconds_when_a_connection_is_made_or_used_again_are_those_of_the_work() -> None:
+    async with (
+        RawBackend(takes(0.03)) as backend,
+        billing(backend) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        for _ in range(2):
+            assert (await client.ask(chat())).status == 200
+        await p.exchanges(2)
+        posts = [each for each in backend.requests if each.method == "POST"]
+    assert len(posts) == 2
+    for outcome in outcomes:
+        assert 0.03 <= outcome.billed == outcome.usd <= outcome.duration
+        assert outcome.cold_start is None
+
+
+async def test_seconds_when_the_idle_connection_was_stale_are_paid_once() -> None:
+    """The same request goes out again on a fresh one: still one attempt."""
+
+    async def script(conn: BackendConn) -> None:
+        async for _ in each_request(conn):
+            asked.append(conn)
+            if conn is not asked[0]:
+                await asyncio.sleep(0.03)
+            elif len(asked) > 1:
+                conn.close()
+                return
+            await conn.send(json_bytes(GOOD))
+
+    asked: list[BackendConn] = []
+    quiet: Any = {"middleware": [{"failover": {}}]}
+    async with (
+        RawBackend(script) as backend,
+        billing({"url": backend, "models": ["m"]}, **quiet) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        asked.clear()
+        for _ in range(2):
+            assert (await client.ask(chat())).status == 200
+        await p.exchanges(2)
+    assert [each.number for each in outcomes] == [1, 1]
+    assert 0.03 <= outcomes[1].billed <= outcomes[1].duration
+
+
+async def test_seconds_when_one_fails_and_another_answers_are_paid_at_both() -> None:
+    async with (
+        RawBackend(takes(0.03, json_bytes({"error": {"message": "x"}}, 500))) as bad,
+        RawBackend(takes(0.03)) as good,
+        billing({"url": bad, "price_per_second": 0.5}, {"url": good, "price_per_second": 2.0}) as (
+            p,
+            outcomes,
+        ),
+        RawClient(p.port) as client,
+    ):
+        assert (await client.ask(chat(headers=[CHEAPEST]))).status == 200
+        (said,) = await p.exchanges(1)
+    first, second = outcomes
+    assert (first.status, first.usage, second.status) == (500, None, 200)
+    assert first.usd == pytest.approx(0.5 * first.billed)
+    assert second.usd == pytest.approx(2.0 * second.billed)
+    assert min(first.billed, second.billed) >= 0.03
+    assert said["cost_usd"] == pytest.approx(first.usd + second.usd)
+    assert sum(each.billed for each in outcomes) < said["duration_s"]
+
+
+async def test_seconds_when_nothing_was_sent_are_none() -> None:
+    with closed_port() as port:
+        row = {"url": f"http://127.0.0.1:{port}", "models": ["m"]}
+        async with billing(row) as (p, outcomes), RawClient(p.port) as client:
+            assert (await client.ask(chat())).status == 502
+            await p.exchanges(1)
+    (outcome,) = outcomes
+    assert (outcome.billed, outcome.usd, outcome.usage) == (0.0, 0.0, None)
+    assert outcome.duration > 0
+
+
+async def test_seconds_when_the_result_is_elsewhere_are_paid_until_it_has_come() -> None:
+    async def script(conn: BackendConn) -> None:
+        async for got in each_request(conn):
+            await asyncio.sleep(0.02)
+            await conn.send(SEE_OTHER if got.method == "POST" else json_bytes(GOOD))
+
+    async with (
+        RawBackend(script) as backend,
+        billing(hopping(backend), providers=HOPS) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        assert (await client.ask(chat())).status == 200
+        await p.exchanges(1)
+    (outcome,) = outcomes
+    assert 0.04 <= outcome.billed == outcome.usd <= outcome.duration
+    assert outcome.usage == Usage(33, 5)
+
+
+async def test_seconds_of_a_cold_start_are_paid_and_told_apart() -> None:
+    """By our clock; a provider's own word is in tests/test_bill_runpod.py."""
+    async with (
+        Warming() as backend,
+        billing(hopping(backend), providers=HOPS) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        await client.send(chat())
+        await eventually(lambda: len(backend.requests) >= 3)
+        backend.ready.set()
+        assert (await client.response("POST")).status == 200
+        await client.ask(chat())
+        await p.exchanges(2)
+    cold, warm = outcomes
+    assert cold.cold_start is not None
+    assert 0.02 <= cold.cold_start <= cold.duration
+    assert cold.cold_start <= cold.billed + 0.02
+    assert warm.cold_start is None
+
+
+async def test_seconds_of_a_load_are_told_as_ollama_counts_them() -> None:
+    last = {"message": {"content": ""}, "done": True, "load_duration": 2_500_000_000}
+    counts = {"prompt_eval_count": 33, "eval_count": 5}
+    pieces = (*OLLAMA_CHAT.content, json.dumps({**last, **counts}).encode() + b"\n")
+    async with (
+        RawBackend(sse(pieces, head=OLLAMA_CHAT.head)) as backend,
+        billing(backend) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        await client.ask(OLLAMA_CHAT.request(stream=True))
+        await p.exchanges(1)
+    assert [(each.cold_start, each.usage) for each in outcomes] == [(2.5, Usage(33, 5))]
+
+
+async def test_seconds_of_a_tunnel_are_paid_until_it_is_closed() -> None:
+    async with (
+        RawBackend(switch()) as backend,
+        billing(backend) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        await client.send(HANDSHAKE)
+        assert (await client.response()).status == 101
+        await asyncio.sleep(0.03)
+        client.close()
+        await p.exchanges(1)
+    (outcome,) = outcomes
+    assert 0.03 <= outcome.billed == outcome.usd
+    assert (outcome.usage, outcome.status) == (None, 101)
+
+
+@pytest.mark.parametrize("end", ["answer", "leave"])
+async def test_seconds_that_a_provider_reports_take_the_place_of_our_clock(end: str) -> None:
+    async def work(submission: Submission, reply: Replies) -> None:
+        reply.billed(9.0)
+        reply.head(200, JSON)
+        reply.piece(json.dumps(GOOD).encode())
+        reply.billed(2.5)
+        begun.set()
+        if end == "leave":
+            await asyncio.Event().wait()
+        reply.end()
+
+    begun, outcomes = asyncio.Event(), list[Outcome]()
+    async with carried(work, outcomes=outcomes) as (p, _):
+        async with RawClient(p.port) as client:
+            await client.send(chat())
+            await begun.wait()
+            if end == "answer":
+                assert (await client.response("POST")).status == 200
+        await p.exchanges(1)
+    (outcome,) = outcomes
+    assert outcome.billed == 2.5
+    assert outcome.usd == pytest.approx(2.5 * outcome.backend.price_per_second)
