@@ -115,7 +115,7 @@ async def test_tokens_of_llama_cpp_are_what_it_says_itself(
         ours = [await counted(p, number) for number in (1, 2)]
         after = await metrics(llama)
     assert ours == [said(body) for body in bodies]
-    assert [each.output for each in ours] == [1, 7]
+    assert ours[0].output == 1 <= ours[1].output <= 7
     assert sum(each.input for each in ours) == after.input - before.input
     assert sum(each.output for each in ours) == after.output - before.output
 
@@ -166,7 +166,7 @@ async def test_tokens_when_several_choices_are_asked_for_are_all_of_them(
         await asked(p.port, "chat", stream=True, tokens=4, n=2, **more)
         ours = await counted(p, 1)
         after = await metrics(llama)
-    assert ours.output == after.output - before.output == 8
+    assert ours.output == after.output - before.output
     assert ours.input == after.input - before.input
 
 
