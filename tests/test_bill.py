@@ -561,6 +561,37 @@ async def test_seconds_of_a_tunnel_are_paid_until_it_is_closed() -> None:
     assert (outcome.usage, outcome.status) == (None, 101)
 
 
+@pytest.mark.parametrize("seconds", [-1.0, float("inf"), float("nan")])
+async def test_seconds_that_are_none_are_no_word_of_a_provider(seconds: float) -> None:
+    async def work(submission: Submission, reply: Replies) -> None:
+        reply.billed(seconds)
+        reply.head(200, JSON)
+        reply.piece(json.dumps(GOOD).encode())
+        reply.end()
+
+    outcomes = list[Outcome]()
+    async with carried(work, outcomes=outcomes) as (p, _), RawClient(p.port) as client:
+        assert (await client.ask(chat())).status == 200
+        await p.exchanges(1)
+    assert 0 < outcomes[0].billed <= outcomes[0].duration
+
+
+async def test_seconds_when_a_provider_says_that_the_work_runs_our_clock_goes_on() -> None:
+    async def work(submission: Submission, reply: Replies) -> None:
+        reply.billed(100.0, running=True)
+        begun.set()
+        await asyncio.Event().wait()
+
+    begun, outcomes = asyncio.Event(), list[Outcome]()
+    async with carried(work, outcomes=outcomes) as (p, _):
+        async with RawClient(p.port) as client:
+            await client.send(chat())
+            await begun.wait()
+            await asyncio.sleep(0.03)
+        await p.exchanges(1)
+    assert 100.03 <= outcomes[0].billed <= 100.0 + outcomes[0].duration
+
+
 @pytest.mark.parametrize("end", ["answer", "leave"])
 async def test_seconds_that_a_provider_reports_take_the_place_of_our_clock(end: str) -> None:
     async def work(submission: Submission, reply: Replies) -> None:

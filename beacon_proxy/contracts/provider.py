@@ -108,11 +108,12 @@ class Reply(Protocol):
         """The provider says how long the request waited for the backend to start."""
         ...
 
-    def billed(self, seconds: float) -> None:
+    def billed(self, seconds: float, *, running: bool = False) -> None:
         """The provider says how many seconds it bills for this request.
 
         Without it they are counted by our own clock, from the connect to the end. It may be called
-        until the answer has ended, and the last word holds.
+        until the answer has ended, and the last word holds; where the work is still `running`, our
+        clock goes on from there.
         """
         ...
 

@@ -344,7 +344,11 @@ class Attempt:
             stage, status, committed = answer.stage, answer.status, answer.committed
             size, ttft = answer.size, answer.first_content
             given, made = answer.told
-            billed = now - self.billed_from if answer.billed is None else answer.billed
+            if answer.billed is not None:
+                billed = answer.billed
+            else:
+                since = answer.billed_from
+                billed = now - (self.billed_from if since is None else since)
             if ttft is not None:
                 ttft -= self.started
             if answer.watch is not None and answer.cold_start is None:

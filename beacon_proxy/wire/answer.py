@@ -84,7 +84,8 @@ class Answer:
         lone: no other backend stands ready.
         told: tokens that the backend counted, where a whole answer was read for them.
         cold_start: s that the backend took to start, where it, or its provider, says so.
-        billed: s that its provider says it bills; None: it does not say.
+        billed: s that its provider says it bills; None: it does not say, or the work still runs.
+        billed_from: when the work began to be paid for (monotonic s), by its provider's word.
     """
 
     __slots__ = (
@@ -97,6 +98,7 @@ class Answer:
         "_waiter",
         "answer_by",
         "billed",
+        "billed_from",
         "cold_start",
         "committed",
         "complete",
@@ -172,6 +174,7 @@ class Answer:
         self._ends: Ends | None = None  # of a document that is passed on before it is whole
         self.cold_start: float | None = None
         self.billed: float | None = None
+        self.billed_from: float | None = None
         self.sent_at = self.last = 0.0
         self.head_at: float | None = None
         self.first_content: float | None = None

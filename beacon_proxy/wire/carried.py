@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from math import inf
+from time import monotonic
 from typing import Any
 
 import aiohttp
@@ -180,9 +181,10 @@ class Carried:
         if self._answer is not None:
             self._answer.cold_start = seconds
 
-    def billed(self, seconds: float) -> None:
-        if self._answer is not None:
-            self._answer.billed = seconds
+    def billed(self, seconds: float, *, running: bool = False) -> None:
+        if self._answer is not None and 0 <= seconds < inf:
+            self._answer.billed = None if running else seconds
+            self._answer.billed_from = monotonic() - seconds
 
     def left_behind(self, what: str) -> None:
         notify, backend = self._tell
