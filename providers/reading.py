@@ -60,6 +60,8 @@ _COUNTS = (
     ("tokens_evaluated", "tokens_predicted"),  # llama.cpp's own
     ("input_length", "generated_tokens"),  # TGI's own
 )
+# Anthropic counts what of a prompt stood in a cache apart.
+_CACHES = {"input_tokens": ("cache_read_input_tokens", "cache_creation_input_tokens")}
 _WORKER = (("input", "output"),)  # worker-vllm, inside `usage` alone
 _RECEIPTS = ("receipt", "receipts")
 _MESSAGE_MAX = 500  # characters
@@ -205,7 +207,8 @@ def _counted(counts: Mapping[str, Any], names: Iterable[tuple[str, str]]) -> Usa
     for given, made in names:
         pair = (_count(counts.get(given)), _count(counts.get(made)))
         if pair != (None, None):
-            return Usage(pair[0] or 0, pair[1] or 0)
+            cached = sum(_count(counts.get(name)) or 0 for name in _CACHES.get(given, ()))
+            return Usage((pair[0] or 0) + cached, pair[1] or 0)
     return None
 
 

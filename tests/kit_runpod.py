@@ -64,11 +64,13 @@ class Job:
     yielded_at: list[float] = field(default_factory=list)  # monotonic s
     created: float = field(default_factory=time.monotonic)
     delay: int = 0  # ms
+    started: float | None = None  # monotonic s
+    ran: Any = None  # ms, as the control plane tells it once the job is over; None: as it took
     cancelled_at: float | None = None  # monotonic s
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def start(self, delay: int = 0) -> None:
-        self.status, self.delay = "IN_PROGRESS", delay
+        self.status, self.delay, self.started = "IN_PROGRESS", delay, time.monotonic()
         self.news.set()
 
     def say(self, *pieces: Any) -> None:
@@ -82,6 +84,9 @@ class Job:
     def end(self, output: Any = None, *, error: Any = None, status: str | None = None) -> None:
         self.status = status or ("FAILED" if error is not None else "COMPLETED")
         self.output, self.error = output, error
+        if self.ran is None:
+            began = time.monotonic() if self.started is None else self.started
+            self.ran = int((time.monotonic() - began) * 1000)
         self.news.set()
 
     @property
@@ -93,7 +98,7 @@ class Job:
         if self.status != "IN_QUEUE":
             document["delayTime"] = self.delay
         if self.final:
-            document["executionTime"] = 1
+            document["executionTime"] = self.ran
             document["workerId"] = "worker-1"
         if self.status == "COMPLETED" and self.output is not None:
             document["output"] = self.output

@@ -65,6 +65,18 @@ SHAPES: dict[str, tuple[dict[str, Any], Reading]] = {
         },
         Reading("Hello", True, Usage(5, 3)),
     ),
+    "Anthropic's cache": (
+        {
+            "content": [{"type": "text", "text": "Hello"}],
+            "usage": {
+                "input_tokens": 1,
+                "cache_read_input_tokens": 30,
+                "cache_creation_input_tokens": 2,
+                "output_tokens": 3,
+            },
+        },
+        Reading("Hello", usage=Usage(33, 3)),
+    ),
     "Anthropic's start": (
         {"type": "message_start", "message": {"content": [], "usage": {"input_tokens": 5}}},
         Reading(usage=Usage(5, 0)),

@@ -19,6 +19,7 @@ import aiohttp
 import openai
 import pytest
 
+from beacon_proxy.contracts import Usage
 from providers.runpod.pace import Pace
 
 from .kit import RawClient, eventually, proxy, request
@@ -99,7 +100,11 @@ async def test_document_when_a_queue_worker_serves_it_is_the_servers_own(
     queue: ControlPlane, llama: Child
 ) -> None:
     body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 8, "temperature": 0}
-    async with proxy(queue_row(queue), **PATIENT) as p, aiohttp.ClientSession() as session:
+    outcomes: list[Any] = []
+    async with (
+        proxy(queue_row(queue), outcomes=outcomes, **PATIENT) as p,
+        aiohttp.ClientSession() as session,
+    ):
         answers = []
         for base in (f"http://127.0.0.1:{p.port}", llama.llama_url):
             async with session.post(f"{base}/v1/chat/completions", json=body) as answer:
@@ -110,6 +115,9 @@ async def test_document_when_a_queue_worker_serves_it_is_the_servers_own(
     assert ours["usage"] == theirs["usage"]
     assert line["end"] == "complete"
     assert queue.count("cancel") == 0
+    (outcome,) = outcomes
+    assert outcome.billed == queue.last.document()["executionTime"] / 1000 > 0
+    assert outcome.usage == Usage(theirs["usage"]["prompt_tokens"], 8)
 
 
 def long_chat(**more: Any) -> bytes:

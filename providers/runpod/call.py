@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from math import inf
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -51,6 +52,7 @@ class Endpoint:
 
     Attributes:
         calls: that are open, or still being stopped.
+        last_ran: when a job was last seen to run, or to have run (monotonic s).
     """
 
     def __init__(self, url: str, clock: Clock) -> None:
@@ -58,6 +60,7 @@ class Endpoint:
         self.budgets = {operation: Budget(operation, clock) for operation in Operation}
         self.posts = False  # the SDK's local server takes POST alone, also for `/status`
         self.calls = 0
+        self.last_ran = -inf
 
     @property
     def idle(self) -> bool:

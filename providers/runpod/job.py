@@ -21,7 +21,6 @@ from beacon_proxy.contracts import Fault
 from ..reading import load
 
 FINAL = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
-_COLD = 1000.0  # ms in the queue from which on a worker had to start
 _ERROR_MAX = 64 << 10  # characters of a worker's error that are looked at
 _SHOWN_MAX = 200
 _SERVER = re.compile(r"vLLM returned HTTP (\d{3})\b[: ]*(.*)", re.DOTALL)
@@ -47,7 +46,8 @@ class Job:
     output: Any = None
     pieces: tuple[Any, ...] = ()  # of `/stream`: what was yielded since the last look
     error: Any = None
-    delay: float | None = None  # s in the queue
+    delay: float | None = None  # s in the queue; None: not told
+    ran: float | None = None  # s of its execution, once it is over
     large: bool = False  # to be read in a thread
 
     @classmethod
@@ -61,7 +61,7 @@ class Job:
             return cls(pieces=tuple(_outputs(document)), large=large)
         if not isinstance(document, Mapping) or not isinstance(document.get("status"), str):
             return None
-        identity, delay = document.get("id"), document.get("delayTime")
+        identity = document.get("id")
         stream = document.get("stream")
         return cls(
             id=identity if isinstance(identity, str) else "",
@@ -69,7 +69,8 @@ class Job:
             output=document.get("output"),
             pieces=tuple(_outputs(stream)) if isinstance(stream, list) else (),
             error=document.get("error"),
-            delay=delay / 1000 if isinstance(delay, int | float) and delay >= _COLD else None,
+            delay=_seconds(document.get("delayTime")),
+            ran=_seconds(document.get("executionTime")),
             large=large,
         )
 
@@ -93,6 +94,11 @@ class Job:
         if self.status == "COMPLETED":
             return error_in(self.output)
         return None
+
+
+def _seconds(value: Any) -> float | None:
+    """Of a number of ms."""
+    return value / 1000 if type(value) in (int, float) else None
 
 
 def _outputs(items: list[Any]) -> Iterable[Any]:

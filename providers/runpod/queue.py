@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from beacon_proxy.contracts import Backend, Clock, Dialect, Fault, Headers, Reply, Submission
 
 from .answer import NoAnswer, document_of
+from .bill import Bill
 from .call import Call, Endpoint, Refused
 from .events import is_stream, stream_for
 from .input import body_of
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _JSON: Headers = ((b"Content-Type", b"application/json"),)
 _KEPT = (b"content-type", b"retry-after")  # of what RunPod says where it takes no job
+_TELLS = 1.0  # s for RunPod to say what a stream took
 _LONG = 0.5  # s in the queue, as it looks from here; RunPod's own count decides
 _NO_STREAM = "Stream not supported"  # the SDK's local server, of a handler that yields nothing
 
@@ -61,7 +64,8 @@ class Queue:
         call = Call(endpoint, headers, session)
         endpoint.calls += 1
         try:
-            await _bring(call, submission, body, reply)
+            bill = Bill(endpoint, reply, self._clock)
+            await _bring(call, submission, body, reply, bill)
         finally:  # the client left, a limit ran out, or worse: nothing may run on
             if call.at_risk is None:
                 endpoint.calls -= 1
@@ -103,14 +107,14 @@ class Queue:
             raise
 
 
-async def _bring(call: Call, submission: Submission, body: bytes, reply: Reply) -> None:
+async def _bring(call: Call, submission: Submission, body: bytes, reply: Reply, bill: Bill) -> None:
     """Put the whole answer into `reply`, whichever it is."""
-    stream = _Streaming(call, submission, reply) if is_stream(submission) else None
+    stream = _Streaming(call, submission, reply, bill) if is_stream(submission) else None
     try:
         if stream is not None:
             await stream.run(body)
         else:
-            await _document(call, submission, body, reply)
+            await _document(call, submission, body, reply, bill)
     except Refused as exc:
         _refuse(reply, exc)
     except Failed as exc:
@@ -124,8 +128,10 @@ async def _bring(call: Call, submission: Submission, body: bytes, reply: Reply) 
         reply.fail(Fault.MALFORMED, str(exc))
 
 
-async def _document(call: Call, submission: Submission, body: bytes, reply: Reply) -> None:
-    job = await _result(call, await call.submit(Operation.RUNSYNC, body), reply)
+async def _document(
+    call: Call, submission: Submission, body: bytes, reply: Reply, bill: Bill
+) -> None:
+    job = await _result(call, await call.submit(Operation.RUNSYNC, body), reply, bill)
     output = job.output
     if output in (None, []):  # a generator whose pieces the worker does not put together
         job = await call.last_look()
@@ -142,17 +148,18 @@ async def _aside(job: Job, work: Callable[[], T]) -> T:
     return await asyncio.to_thread(work) if job.large else work()
 
 
-async def _result(call: Call, job: Job, reply: Reply) -> Job:
+async def _result(call: Call, job: Job, reply: Reply, bill: Bill) -> Job:
     """Look at the job until it has completed. Raises Failed where it ends otherwise."""
     pace = Pace()
+    bill.note(job)
     while not job.final:
         if job.queued:
             reply.waking()
         await asyncio.sleep(pace.next(queued=job.queued))
         before, job = job.status, await call.look(Operation.STATUS)
+        bill.note(job)
         if job.status != before:
             pace.news()
-    _tell_start(job, reply)
     if failure := await _aside(job, job.failure):
         raise Failed(failure)
     return job
@@ -161,8 +168,9 @@ async def _result(call: Call, job: Job, reply: Reply) -> Job:
 class _Streaming:
     """One stream: the head goes out with the first piece, so that an error before has a status."""
 
-    def __init__(self, call: Call, submission: Submission, reply: Reply) -> None:
+    def __init__(self, call: Call, submission: Submission, reply: Reply, bill: Bill) -> None:
         self._call = call
+        self._bill = bill
         self._reply = reply
         self._made = stream_for(submission)
         self._clock = asyncio.get_running_loop().time
@@ -171,6 +179,7 @@ class _Streaming:
     async def run(self, body: bytes) -> None:
         reply, pace, completed = self._reply, Pace(), False
         before = await self._call.submit(Operation.RUN, body)
+        self._bill.note(before)
         if failure := before.failure():
             raise Failed(failure)
         waits_since = self._clock() if before.queued else None
@@ -178,15 +187,17 @@ class _Streaming:
             await reply.room()
             await asyncio.sleep(pace.next(queued=before.queued))
             job = await self._look(completed)
+            if not completed:
+                self._bill.note(job)
             if job.queued:
                 reply.waking()
             elif waits_since is not None:
                 if self._clock() - waits_since >= _LONG:
-                    await self._tell_start()
+                    await self._tell_bill()  # the start: `/status` says it, `/stream` does not
                 waits_since = None
             if _has_no_stream(job) and not self.begun:
                 status = await self._call.look(Operation.STATUS)
-                self._put_whole(await _result(self._call, status, reply))
+                self._put_whole(await _result(self._call, status, reply, self._bill))
                 break
             self._put(job.pieces)
             if failure := job.failure():
@@ -201,6 +212,10 @@ class _Streaming:
             before = job
         self._call.answered = True
         reply.piece(self._made.finish())
+        if self._call.over:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_TELLS):  # the client has all but the end of it
+                    await self._tell_bill()
         reply.end()
 
     async def _look(self, completed: bool) -> Job:
@@ -222,10 +237,10 @@ class _Streaming:
             return Job(status="IN_PROGRESS", pieces=job.pieces)
         return await self._call.look(Operation.STATUS)
 
-    async def _tell_start(self) -> None:
-        """What the job has waited for its worker: `/status` says so, `/stream` does not."""
-        if (job := await self._call.glance(Operation.STATUS)) is not None:
-            _tell_start(job, self._reply)
+    async def _tell_bill(self) -> None:
+        job = await self._call.glance(Operation.STATUS)
+        if job is not None and job.failure() is None:
+            self._bill.note(job)
 
     def _put(self, pieces: tuple[Any, ...]) -> None:
         if failure := error_in(list(pieces)):
@@ -251,11 +266,6 @@ _EMPTY = Failure(Fault.EMPTY, "the job completed without an output")
 
 def _has_no_stream(job: Job) -> bool:
     return job.status == "FAILED" and isinstance(job.error, str) and _NO_STREAM in job.error
-
-
-def _tell_start(job: Job, reply: Reply) -> None:
-    if job.delay is not None:
-        reply.started_cold(job.delay)
 
 
 def _refuse(reply: Reply, refused: Refused) -> None:

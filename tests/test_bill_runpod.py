@@ -1,0 +1,242 @@
+"""What a RunPod job is charged for: `executionTime`, and of `delayTime` a worker's start.
+
+The control plane is the kit's stand-in; the SDK's real worker is in tests/test_runpod_real.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from beacon_proxy.contracts import Outcome
+from providers.runpod.bill import Bill
+from providers.runpod.call import Endpoint
+from providers.runpod.job import Job as Told
+
+from .kit import Proxy, RawClient, chat, chat_events, eventually, proxy
+from .kit_jobs import CHAT
+from .kit_runpod import ControlPlane, Job, control_plane, queue_row
+
+
+@asynccontextmanager
+async def billing(control: ControlPlane) -> AsyncIterator[tuple[Proxy, list[Outcome]]]:
+    outcomes: list[Outcome] = []
+    async with proxy(queue_row(control, price_per_second=1.0), outcomes=outcomes) as p:
+        yield p, outcomes
+
+
+def takes(*seconds: tuple[int, Any], **end: Any) -> Any:
+    """Jobs that ran so long: ms in the queue and of the execution, as RunPod tells them."""
+    left = list(seconds)
+
+    async def play(job: Job) -> None:
+        delay, job.ran = left.pop(0) if len(left) > 1 else left[0]
+        job.start(delay)
+        job.end(**end or {"output": [CHAT]})
+
+    return play
+
+
+async def test_document_is_charged_for_its_execution_and_the_start_that_it_waited_for() -> None:
+    async with (
+        control_plane(takes((4000, 2500), (3000, 1500), (200, 700))) as control,
+        billing(control) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        for _ in range(3):
+            assert (await client.ask(chat())).status == 200
+        await p.exchanges(3)
+    assert [each.billed for each in outcomes] == [6.5, 1.5, 0.7]
+    assert [each.cold_start for each in outcomes] == [4.0, None, None], "the second only queued"
+    assert [each.usd for each in outcomes] == [6.5, 1.5, 0.7]
+
+
+async def test_document_when_it_waited_for_less_than_a_second_was_no_start() -> None:
+    async with (
+        control_plane(takes((900, 2500))) as control,
+        billing(control) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        await client.ask(chat())
+        await p.exchanges(1)
+    assert [(each.billed, each.cold_start) for each in outcomes] == [(2.5, None)]
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        {"error": "CUDA out of memory"},
+        {"status": "TIMED_OUT"},
+        {"status": "CANCELLED"},
+        {"output": None},
+    ],
+)
+async def test_job_that_fails_is_charged_for_its_execution(end: dict[str, Any]) -> None:
+    async with (
+        control_plane(takes((0, 2500), **end)) as control,
+        billing(control) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        assert (await client.ask(chat())).status >= 500
+        await p.exchanges(1)
+    assert [(each.billed, each.usage) for each in outcomes] == [(2.5, None)]
+
+
+@pytest.mark.parametrize("ran", [-1, 1e15, True, "2500", None])
+async def test_execution_time_that_is_none_leaves_it_to_our_clock(ran: Any) -> None:
+    async def play(job: Job) -> None:
+        job.start()
+        job.end([CHAT])
+        job.ran = ran
+
+    async with (
+        control_plane(play) as control,
+        billing(control) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        assert (await client.ask(chat())).status == 200
+        await p.exchanges(1)
+    assert 0 <= outcomes[0].billed <= outcomes[0].duration
+
+
+async def test_stream_when_the_job_is_over_is_charged_as_its_status_says() -> None:
+    async def play(job: Job) -> None:
+        job.start()
+        job.ran = 2500
+        job.say(*(piece.decode() for piece in chat_events("a", 2)))
+        job.end()
+
+    async with (
+        control_plane(play) as control,
+        billing(control) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        assert (await client.ask(chat(stream=True))).complete
+        await p.exchanges(1)
+        assert control.count("status") == 1
+    (outcome,) = outcomes
+    assert outcome.billed == 2.5
+    assert outcome.usage is not None
+    assert outcome.usage.output == 2
+
+
+async def test_stream_when_the_job_goes_on_behind_its_end_is_charged_by_our_clock() -> None:
+    """`[DONE]` has passed: nobody waits to hear what RunPod will say."""
+
+    async def play(job: Job) -> None:
+        job.start()
+        job.ran = 9000
+        job.say(*(piece.decode() for piece in chat_events("a", 2)))
+        await ended.wait()
+        job.end()
+
+    ended = asyncio.Event()
+    async with (
+        control_plane(play) as control,
+        billing(control) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        assert (await client.ask(chat(stream=True))).complete
+        await p.exchanges(1)
+        ended.set()
+    assert 0 <= outcomes[0].billed <= outcomes[0].duration
+
+
+async def test_stream_when_the_client_leaves_is_charged_from_when_the_job_ran() -> None:
+    async def play(job: Job) -> None:
+        if len(control.jobs) > 1:
+            await asyncio.sleep(0.3)
+        job.start()
+        job.say(chat_events("a", 1)[1].decode())
+        if len(control.jobs) == 1:
+            job.end()
+
+    async with (
+        control_plane(play) as control,
+        billing(control) as (p, outcomes),
+    ):
+        for _ in range(2):
+            async with RawClient(p.port) as client:
+                await client.send(chat(stream=True))
+                await client.read_until(b'"content":"a"')
+                await asyncio.sleep(0.05)
+        await p.exchanges(2)
+        await eventually(lambda: control.last.cancelled_at is not None)
+    outcome = outcomes[1]
+    assert outcome.usage is not None
+    assert outcome.usage.output == 1
+    assert 0.05 <= outcome.billed <= outcome.duration - 0.2, "the wait in the queue is free"
+
+
+@pytest.mark.parametrize("warm", [False, True])
+async def test_queue_when_the_client_leaves_it_is_charged_for_a_start_alone(warm: bool) -> None:
+    """Where nothing has run here of late, it is a worker's start that the job waits for."""
+
+    async def play(job: Job) -> None:
+        if warm and len(control.jobs) == 1:
+            job.start()
+            job.end([CHAT])
+
+    async with (
+        control_plane(play) as control,
+        billing(control) as (p, outcomes),
+    ):
+        if warm:
+            async with RawClient(p.port) as client:
+                assert (await client.ask(chat())).status == 200
+        async with RawClient(p.port) as client:
+            await client.send(chat(stream=True))
+            await eventually(lambda: control.count("stream") >= 2)
+        await p.exchanges(2 if warm else 1)
+    outcome = outcomes[-1]
+    assert (outcome.billed == 0.0) is warm
+    assert outcome.billed <= outcome.duration
+    assert outcome.usage is not None
+    assert outcome.usage.output == 0
+
+
+class Notes:
+    """A reply that notes what it is told of money."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[float, bool]] = []
+        self.starts: list[float] = []
+
+    def billed(self, seconds: float, *, running: bool = False) -> None:
+        self.told.append((seconds, running))
+
+    def started_cold(self, seconds: float) -> None:
+        self.starts.append(seconds)
+
+
+def test_bill_while_a_job_waits_runs_and_ends_says_what_it_is_so_far() -> None:
+    now = [100.0]
+    endpoint, notes = Endpoint("http://x", lambda: now[0]), Notes()
+
+    def seen(bill: Bill, at: float, status: str, **more: Any) -> tuple[float, bool]:
+        now[0] = at
+        bill.note(Told(id="j", status=status, **more))
+        return notes.told[-1]
+
+    bill = Bill(endpoint, notes, lambda: now[0])  # type: ignore[arg-type]
+    assert seen(bill, 100.0, "IN_QUEUE") == (0.0, True)
+    assert seen(bill, 160.0, "IN_QUEUE") == (60.0, True), "a start is paid while it lasts"
+    assert seen(bill, 170.0, "IN_PROGRESS") == (70.0, True)
+    assert seen(bill, 175.0, "IN_PROGRESS", delay=65.0) == (70.0, True), "as RunPod counts it"
+    assert seen(bill, 180.0, "COMPLETED", delay=65.0, ran=9.5) == (74.5, False)
+    assert notes.starts == [65.0]
+
+    bill = Bill(endpoint, notes, lambda: now[0])  # type: ignore[arg-type]
+    assert seen(bill, 190.0, "IN_QUEUE") == (0.0, False), "others run there: it only waits"
+    assert seen(bill, 200.0, "IN_PROGRESS") == (0.0, True)
+    assert seen(bill, 203.0, "COMPLETED", delay=20.0) == (3.0, False)
+    assert notes.starts == [65.0]
+
+    now[0] = 300.0  # idle for longer than a worker stays
+    bill = Bill(endpoint, notes, lambda: now[0])  # type: ignore[arg-type]
+    assert seen(bill, 303.0, "COMPLETED", delay=2.0, ran=1.0) == (3.0, False)
+    assert notes.starts == [65.0, 2.0]
