@@ -9,8 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beacon_proxy.contracts import Backend, Exchange, Permit, QueueLimits
-from middleware.capacity import Capacity
+from beacon_proxy.contracts import (
+    Backend,
+    Candidate,
+    Check,
+    Exchange,
+    Fault,
+    Live,
+    Outcome,
+    Permit,
+    QueueLimits,
+    Stage,
+    Verdict,
+)
+from beacon_proxy.routing.chain import Chain
+from middleware.capacity import Adaptive, Capacity
 
 EXCHANGE = Exchange(id="x", method="POST", target=b"/", path="/", headers=(), started=0.0)
 
@@ -170,3 +183,79 @@ def test_slow_start_when_it_is_off_or_the_backend_was_there_gives_all_room(
 def test_slow_start_when_it_is_no_time_is_refused(slow_start: float) -> None:
     with pytest.raises(ValueError, match="slow_start: must be >= 0 and finite"):
         Capacity(slow_start=slow_start)
+
+
+# What is found out
+
+
+def test_observe_is_no_phase_while_nothing_is_to_be_learnt() -> None:
+    """Else each attempt would pay for an option that is off."""
+    assert Chain.of([Capacity()]).observers == ()
+    assert len(Chain.of([Capacity(adaptive=Adaptive(enabled=True))]).observers) == 1
+
+
+def refused(backend: Backend, started: float) -> Outcome:
+    return Outcome(
+        backend, 1, Verdict.BUSY, Stage.DONE, fault=Fault.BUSY, status=503, started=started
+    )
+
+
+def full(capacity: Capacity, backend: Backend) -> list[Permit]:
+    permits = []
+    while (permit := capacity.admit(EXCHANGE, backend)) is not None:
+        permits.append(permit)
+    return permits
+
+
+def test_adaptive_limit_is_below_max_in_flight_and_slow_start_and_given_back_exactly() -> None:
+    clock = [1000.0]
+    capacity = Capacity(adaptive=Adaptive(enabled=True), clock=lambda: clock[0])
+    assert capacity.observe is not None
+    sixteen = backend(max_in_flight=16)
+    permits = full(capacity, sixteen)
+    assert len(permits) == 16
+    for permit in permits:
+        permit.release()
+        permit.release()
+    assert capacity.in_flight("b") == 0
+    clock[0] += 1.0
+    capacity.observe(EXCHANGE, refused(sixteen, started=1000.0))
+    assert capacity.limit(sixteen) == len(full(capacity, sixteen)) == 12
+    assert capacity.limit(replace(sixteen, max_in_flight=4)) == 4
+    joined = replace(sixteen, joined=1001.0)
+    assert capacity.limit(joined) == 1, "another server: it starts slowly, and nothing is known"
+
+
+class Here:
+    """A fleet of the backends that are there now."""
+
+    def __init__(self, *backends: Backend) -> None:
+        self.backends = backends
+
+    def candidates(self) -> list[Candidate]:
+        return [Candidate(each, Live()) for each in self.backends]
+
+    async def changed(self, seen: int) -> int:
+        raise AssertionError("nobody waits here")
+
+    async def check(self, candidate: Candidate, seconds: float) -> Check | None:
+        raise AssertionError("nobody asks here")
+
+
+async def test_adaptive_when_backends_come_and_go_keeps_and_shows_those_that_are_there() -> None:
+    """Guards against growth, and a gauge of a backend that is long gone."""
+    capacity = Capacity(adaptive=Adaptive(enabled=True))
+    fleet = Here()
+    async with capacity.lifespan(fleet):
+        for number in range(50):
+            here = replace(backend(f"node-{number}", 9), joined=1.0)
+            fleet.backends = (here,)
+            permit = capacity.admit(EXCHANGE, here)
+            assert permit is not None
+            if number != 20:
+                permit.release()
+        assert set(capacity._learners) == {("node-20", 1.0), ("node-49", 1.0)}
+        (gauge,) = capacity.gauges()
+        assert (gauge.name, gauge.labels) == ("concurrency_limit", (("backend", "node-49"),))
+        assert gauge.value == 9
+    assert list(Capacity().gauges()) == []

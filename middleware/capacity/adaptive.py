@@ -1,23 +1,26 @@
-"""The limit of one backend, found out by how it answers: additive increase, measured decrease.
+"""The limit of one backend, found out by how it answers.
 
 What is too much shows in two ways. A server that says no (429, 503), or says nothing in time, has
-been asked for more than it takes. One that queues what it cannot run yet (llama.cpp and vLLM do)
-shows it in the time to the first content: that is held against the quickest of its like.
+been asked for more than it takes. One that lets wait what it cannot run yet (llama.cpp and vLLM do)
+shows it in the time to the first content, held against what the quickest of its like took.
 
 Rule 1: like is compared with like. A first content comes later for a longer prompt and another
-    model, and that of a document comes when all of it is written; so the times are kept apart by
-    model, by the size of the request and, without a stream, by the size of the answer. What is
-    judged is the quartile of a window of attempts, each by the quickest of its class.
-Rule 2: nothing is learnt from a cold start, a client that left or a request at fault; nor, of an
-    excess, from an attempt that was sent before the last step down: it met the limit of before.
+    model, so the times are kept apart by model and by the size of the request. That of a document
+    comes when all of it is written, and tells how long it is: only streams are measured.
+Rule 2: nothing is learnt from a cold start, a client that left or a request at fault; nor from an
+    attempt that was sent before the last step down: it met the limit of before. And a server that
+    says no is not believed twice with nothing that went well between: it is down.
 Rule 3: a step down goes to where the excess would be gone. If the server worked on its requests for
     a part p of their time and let them wait for the rest, p times as many would have kept it as
-    busy (Little's law). Where it only said no: to what ran well last, else to three quarters.
-Rule 4: a step up is one tenth, after a whole window without excess in which at least half of the
-    limit was in use. The level that was too much last is tried again only after a while, and after
-    twice that while each time that it is too much again. So the limit rests just below it.
+    busy (Little's law). Where it only said no: to what ran well since, else to three quarters.
+Rule 4: then the limit rests, so that it is seen again what the quickest take, and only after a
+    while goes up: by a tenth after each window without excess in which at least half of it was in
+    use. If it ends at the same level again, it rests for twice as long.
 Rule 5: at the lowest limit nothing waits for another of ours: what is slow there is slow by itself,
     and becomes the measure.
+
+That is additive increase and multiplicative decrease, with the gradient of TCP Vegas and Netflix's
+concurrency-limits for the size of a step down.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from dataclasses import dataclass, field
 from beacon_proxy.contracts import Exchange, Fault, Outcome, Stage, Verdict
 
 _WINDOW = 16  # attempts that are judged together
-_QUARTILE = _WINDOW // 4
+_PATIENT = 4 * _WINDOW  # attempts that cannot be measured, until those that can are judged
 _JITTER = 0.05  # s; what is less is no wait in a queue
 _STALE = 60.0  # s without a good answer: what was measured before says nothing of now
 _FIRST = 8  # of a class: the quickest of them is taken as it is
@@ -38,6 +41,8 @@ _FIRST = 8  # of a class: the quickest of them is taken as it is
 _RISE, _FALL = 1.001, 0.991
 _ALIKE = 0.25  # two levels that were too much, so near to each other, are one limit
 _STEP_UP = 0.1
+_MARGIN = 0.1  # of the quickest is counted as excess: else what waits a little becomes the measure
+_CALM = 1 / 3  # power of the tolerance that is reached before a step down is over
 _LEAST_LEFT = 0.5  # of the limit, after one step down by the measured times
 _LEFT = 0.75  # of the limit, after one without a measure
 _LONGEST_HOLD = 8.0  # times `probe_interval`
@@ -103,7 +108,9 @@ class Learner:
         "_probe_at",
         "_proven",
         "_ratios",
+        "_settling",
         "_shares",
+        "_unmeasured",
         "ended",
         "limit",
     )
@@ -115,12 +122,14 @@ class Learner:
         self._classes: dict[Hashable, _Class] = {}
         self._ratios: list[float] = []  # of the window: first content by the quickest of its class
         self._shares: list[float] = []  # of the window: the part of its time that was no excess
+        self._unmeasured = 0  # good ones of the window that tell nothing of a wait
         self._peak = 0  # at once, in the window
         self._changed_at = -math.inf  # monotonic s of the last step down
         self._good_at = -math.inf
         self._proven = 0  # at once, beside which one ended well since then
         self._failed = -math.inf  # at once, that were too much last
         self._ceiling = math.inf  # at once, that are not to be tried before `_probe_at`
+        self._settling = False  # after a step down by the times, until nobody waits
         self._hold = options.probe_interval  # s
         self._probe_at = -math.inf  # monotonic s
 
@@ -148,6 +157,8 @@ class Learner:
 
     def _too_much(self, exchange: Exchange, outcome: Outcome, now: float) -> bool:
         """Whether the backend said, or showed, that it could not take this one too."""
+        if self._good_at < self._changed_at:
+            return False  # nothing went well since: a server that is down says no to any number
         if outcome.fault is Fault.BUSY:
             return not (outcome.status == 429 and _is_about_client(exchange, outcome))
         late = outcome.fault is Fault.TIMEOUT and outcome.stage in _WAITED
@@ -157,31 +168,33 @@ class Learner:
         if now - self._good_at >= _STALE:
             self._new_window()
         self._good_at = now
-        met = outcome.started > self._changed_at  # the limit of now
-        if met and running > self._proven:
-            self._proven = running
         ttft = outcome.ttft
-        if not (ttft and exchange.inference) or outcome.cold_start is not None:
+        if not exchange.inference or outcome.cold_start is not None:
             return
-        kind = _class_of(exchange, outcome)
-        known = kind in self._classes
-        quickest = self._note(kind, ttft)
-        if not (met and known):
+        quickest = self._note(exchange, ttft) if ttft and exchange.stream else None
+        if outcome.started <= self._changed_at:
             return
-        excess = ttft - quickest
-        self._ratios.append(ttft / quickest if excess > _JITTER else 1.0)
-        self._shares.append(1.0 - excess / max(outcome.duration, ttft))
-        if len(self._ratios) >= _WINDOW:
+        self._proven = max(self._proven, running)
+        if not ttft or quickest is None:
+            self._unmeasured += 1
+        else:
+            excess, whole = ttft - quickest, max(outcome.duration, ttft)
+            self._ratios.append(ttft / quickest if excess > _JITTER else 1.0)
+            self._shares.append(1.0 - (excess + _MARGIN * quickest) / whole)
+        measured = len(self._ratios)
+        if measured >= _WINDOW or self._unmeasured >= (_PATIENT if measured else _WINDOW):
             self._judge(now)
 
-    def _note(self, kind: Hashable, ttft: float) -> float:
-        """Remember a first content; returns what the quickest of its class took."""
+    def _note(self, exchange: Exchange, ttft: float) -> float | None:
+        """Remember a first content; returns what the quickest of its class took, if any did."""
+        kind = _class_of(exchange)
         seen = self._classes.get(kind)
         if seen is None:
             if len(self._classes) >= _CLASSES:
                 self._classes.clear()  # clients make up sizes
-            seen = self._classes[kind] = _Class(ttft)
-        elif seen.count < _FIRST:
+            self._classes[kind] = _Class(ttft)
+            return None
+        if seen.count < _FIRST:
             seen.count += 1
             seen.quick = min(seen.quick, ttft)
         else:
@@ -190,17 +203,22 @@ class Learner:
 
     def _judge(self, now: float) -> None:
         """The window is full: step down, up, or stay."""
-        ratio = sorted(self._ratios)[_QUARTILE]
-        share = sorted(self._shares)[_WINDOW // 2]
-        peak = self._peak
-        if ratio <= self._options.tolerance:
+        at = len(self._ratios) // 4
+        ratio = sorted(self._ratios)[at] if self._ratios else 1.0
+        share = sorted(self._shares)[-1 - at] if self._shares else 1.0
+        peak, tolerance = self._peak, self._options.tolerance
+        to = round(peak * max(share, _LEAST_LEFT))
+        if ratio <= (tolerance**_CALM if self._settling else tolerance):
+            self._settling = False
             self._step_up(peak, now)
-        elif peak > self._options.min:
-            to = round(peak * max(share, _LEAST_LEFT))
-            # Rest where nobody waits, so that it is seen again and again what the quickest take.
-            self._step_down(peak, to, to + 1, now)
-        else:
+        elif peak <= self._options.min:
             self._classes.clear()
+        elif ratio <= tolerance:
+            self._lower(peak, to, now)
+            self._ceiling = self.limit + 1
+        else:
+            self._step_down(peak, to, to + 1, now)
+            self._settling = True
         self._new_window()
 
     def _step_down(self, level: int, to: int, ceiling: int, now: float) -> None:
@@ -209,6 +227,9 @@ class Learner:
         longest = self._options.probe_interval * _LONGEST_HOLD
         self._hold = min(self._hold * 2, longest) if alike else self._options.probe_interval
         self._failed, self._ceiling, self._probe_at = level, float(ceiling), now + self._hold
+        self._lower(level, to, now)
+
+    def _lower(self, level: int, to: int, now: float) -> None:
         self.limit = max(min(self.limit, to, level - 1), self._options.min)
         self._changed_at, self._proven = now, 0
         self._new_window()
@@ -227,7 +248,7 @@ class Learner:
     def _new_window(self) -> None:
         self._ratios.clear()
         self._shares.clear()
-        self._peak = 0
+        self._unmeasured = self._peak = 0
 
 
 _CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
@@ -241,11 +262,10 @@ def _is_about_client(exchange: Exchange, outcome: Outcome) -> bool:
     return any(name.lower() in _CREDENTIALS for name, _ in exchange.headers)
 
 
-def _class_of(exchange: Exchange, outcome: Outcome) -> Hashable:
+def _class_of(exchange: Exchange) -> Hashable:
     """What a first content is compared with: each step of a size is a factor of two."""
     if exchange.prompt is not None:
         size = len(exchange.prompt.prompt)
     else:
-        size = -1 if exchange.body is None else len(exchange.body)
-    answer = -1 if exchange.stream else outcome.bytes_in.bit_length()
-    return exchange.model, size.bit_length() if size >= 0 else -1, answer
+        size = 0 if exchange.body is None else len(exchange.body)
+    return exchange.model, size.bit_length()
