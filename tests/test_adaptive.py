@@ -81,7 +81,7 @@ class Server:
 
     @property
     def limit(self) -> int:
-        return self.gate.limit(self.backend)
+        return self.gate.concurrency_limit(self.backend)
 
     def run(self, seconds: float) -> None:
         until = self.now + seconds

@@ -62,8 +62,8 @@ def test_share_counts_the_lowest_limit_that_anybody_sets() -> None:
     assert share(Live(in_flight=1), lambda _: 5, lambda _: 3) == Share(1, 2, 3)
     joined = replace(backend(max_in_flight=9), joined=NOW)
     gate = Gate(slow_start=30.0, clock=lambda: NOW + 15.0)
-    assert share(Live(), gate.limit, max_in_flight=9).room == 9
-    assert Load(Rows(), (gate.limit,)).of(Candidate(joined, Live())).room == 5
+    assert share(Live(), gate.concurrency_limit, max_in_flight=9).room == 9
+    assert Load(Rows(), (gate.concurrency_limit,)).of(Candidate(joined, Live())).room == 5
 
 
 @pytest.mark.parametrize(

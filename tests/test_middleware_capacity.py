@@ -220,10 +220,12 @@ def test_adaptive_limit_is_below_max_in_flight_and_slow_start_and_given_back_exa
     assert capacity.in_flight("b") == 0
     clock[0] += 1.0
     capacity.observe(EXCHANGE, refused(sixteen, started=1000.0))
-    assert capacity.limit(sixteen) == len(full(capacity, sixteen)) == 12
-    assert capacity.limit(replace(sixteen, max_in_flight=4)) == 4
+    assert capacity.concurrency_limit(sixteen) == len(full(capacity, sixteen)) == 12
+    assert capacity.concurrency_limit(replace(sixteen, max_in_flight=4)) == 4
     joined = replace(sixteen, joined=1001.0)
-    assert capacity.limit(joined) == 1, "another server: it starts slowly, and nothing is known"
+    assert capacity.concurrency_limit(joined) == 1, (
+        "another server: it starts slowly, and nothing is known"
+    )
 
 
 class Here:
@@ -259,3 +261,14 @@ async def test_adaptive_when_backends_come_and_go_keeps_and_shows_those_that_are
         assert (gauge.name, gauge.labels) == ("concurrency_limit", (("backend", "node-49"),))
         assert gauge.value == 9
     assert list(Capacity().gauges()) == []
+
+
+def test_chain_takes_what_can_be_called_alone_for_a_phase() -> None:
+    """An option of a plugin may have the name of a phase that it does not have."""
+
+    class Plugin:
+        concurrency_limit = 3
+        observe = None
+
+    chain = Chain.of([Plugin(), Capacity()])
+    assert (chain.observers, len(chain.limits)) == ((), 1)

@@ -94,7 +94,7 @@ class Lifespan(Protocol):
 
 
 class Limits(Protocol):
-    def limit(self, backend: Backend) -> int:
+    def concurrency_limit(self, backend: Backend) -> int:
         """How many this middleware lets run on `backend` at once, as of now.
 
         Asked when somebody reads, never by a request; what holds is still `admit`.

@@ -33,13 +33,13 @@ class Chain:
     def of(cls, middlewares: Iterable[object]) -> Chain:
         """Sort middlewares, in the order of the chain.
 
-        A phase that is None is none: so one that an option switches on costs nothing while off.
+        What cannot be called is no phase: one that an option switches on is None while it is off.
         """
         things = tuple(middlewares)
 
         def phase(name: str) -> tuple[Any, ...]:
             found = (getattr(thing, name, None) for thing in things)
-            return tuple(each for each in found if each is not None)
+            return tuple(each for each in found if callable(each))
 
         rules = phase("queue")
         return cls(
@@ -50,6 +50,6 @@ class Chain:
             phase("observe"),
             phase("lifespan"),
             phase("gauges"),
-            phase("limit"),
+            phase("concurrency_limit"),
             rules[0]() if rules else QueueLimits(0, 0.0),
         )

@@ -117,7 +117,7 @@ class Capacity:
         yield
         self._fleet = None
 
-    def limit(self, backend: Backend) -> int:
+    def concurrency_limit(self, backend: Backend) -> int:
         """How many may run on `backend` at once, as of now."""
         room = self._room(backend) if backend.joined else backend.max_in_flight
         learner = self._learners.get(_server(backend))
@@ -130,7 +130,7 @@ class Capacity:
         for candidate in self._fleet.candidates():
             backend = candidate.backend
             labels = (("backend", backend.name),)
-            yield Gauge("concurrency_limit", told, self.limit(backend), labels)
+            yield Gauge("concurrency_limit", told, self.concurrency_limit(backend), labels)
 
     def _room(self, backend: Backend) -> int:
         """The slots of a backend that joined."""
