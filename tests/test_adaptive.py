@@ -171,6 +171,7 @@ class Server:
     def _end(self, asked: Exchange, permit: Permit, outcome: Outcome) -> None:
         self.clients += 1
         self.ends[outcome.verdict] += 1
+        asked.body = None  # as the core does where the answer was committed
         permit.release()
         assert self.gate.observe is not None
         self.gate.observe(asked, outcome)
@@ -343,8 +344,8 @@ class Hand:
         """An attempt that began beside `running - 1` others has ended; the limit then, of 64."""
         self.now += 1.0
         asked = asked or exchange()
-        self.learner.taken(running)
-        self.learner.ended = (asked.id, running)
+        self.learner.ended = self.learner.take(asked, running)
+        asked.body = None  # as the core does once the answer is committed
         usual: dict[str, Any] = {"started": self.now - 0.5, "duration": 0.5}
         outcome = Outcome(**{"backend": BACKEND, "number": 1, "verdict": Verdict.GOOD,
                              "stage": Stage.DONE, **usual, **facts})  # fmt: skip
@@ -463,16 +464,16 @@ def test_limit_never_goes_below_its_least_and_learns_there_anew() -> None:
     assert hand.learner.bound(2) == 2, "the operator's word is over it"
 
 
-def test_classes_are_bounded_though_clients_make_up_sizes_and_models() -> None:
+def test_kinds_are_bounded_though_clients_make_up_sizes_and_models() -> None:
     hand = Hand()
     for number in range(2000):
         hand.tell(1, exchange(model=f"m{number}"), ttft=0.1)
-    assert len(hand.learner._classes) <= 256
+    assert len(hand.learner._kinds) <= 256
 
 
 def test_outcome_of_an_attempt_past_the_gate_is_not_taken_for_anothers() -> None:
     hand = Hand()
-    hand.learner.ended = ("other", 40)
+    hand.learner.ended = hand.learner.take(exchange(id="other"), 40)
     hand.learner.observe(exchange(), Outcome(BACKEND, 1, **{"stage": Stage.DONE, **BUSY}), 0.0)
     assert hand.learner.bound(64) == 64
 

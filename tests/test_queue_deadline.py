@@ -187,7 +187,8 @@ def test_hopeful_risks_one_in_ten_seconds_so_that_it_can_be_proven_wrong() -> No
     now, tried = monotonic(), []
     for tenths in range(250):
         at = now + tenths / 10
-        tried += [at] * len(hopeful(asked(4.0, deadline=at + 4.0), s.fleet.candidates(), at))
+        late = asked(4.0, deadline=at + 4.0)
+        tried += [at] * len(hopeful(late, s.fleet.candidates(), at, totals=False))
     assert [round(at - now) for at in tried] == [0, 10, 20]
 
 
@@ -285,3 +286,33 @@ async def test_proxy_when_the_deadline_is_hopeless_answers_504_and_asks_no_backe
         lines = await p.exchanges(2)
         assert lines[0]["attempts"] == []
         assert candidate.live.success == 1.0, "no fault of the backend"
+
+
+# -- quickly
+
+
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.none() | st.floats(0.0, 20.0),  # quickest
+            st.sampled_from([Warmth.WARM, Warmth.COLD, Warmth.UNKNOWN]),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    left=st.floats(-1.0, 20.0),
+)
+def test_hopeful_told_quickly_is_as_told_at_length(
+    rows: list[tuple[float | None, Warmth]], left: float
+) -> None:
+    s = scene(*(backend(f"b{n}") for n in range(len(rows))))
+    candidates = s.fleet.candidates()
+    for candidate, (quickest, warmth) in zip(candidates, rows, strict=True):
+        candidate.live.learn_warmth(warmth, until=inf)
+        for seconds in (9.0, 8.0, 7.0):
+            candidate.live.cold_starts.note(seconds)
+        if quickest is not None:
+            candidate.live.typical["m"] = Typical(quickest=quickest, risked=100.0)
+    hurried = asked(None, deadline=100.0 + left)
+    shortly = hopeful(hurried, candidates, 100.0, totals=False)
+    assert list(shortly) == list(hopeful(hurried, candidates, 100.0, totals=True))

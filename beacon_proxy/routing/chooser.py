@@ -163,8 +163,9 @@ class Chooser:
         plan = self.plan(exchange, model, tried)
         if not plan:
             raise self.nobody(exchange)
-        if exchange.deadline is not None or self._fleet.has_totals:
-            plan = hopeful(exchange, plan, now)
+        totals = self._fleet.has_totals
+        if totals or exchange.deadline is not None:
+            plan = hopeful(exchange, plan, now, totals=totals)
             if not plan:
                 detail = "too little time is left for any backend"
                 raise UpstreamError(Fault.DEADLINE, Stage.QUEUE, detail)

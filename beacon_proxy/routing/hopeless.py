@@ -11,6 +11,8 @@ Rule 4: how long others will wait and work is not known, so nobody is refused fo
 
 from __future__ import annotations
 
+from math import inf
+
 from ..contracts import Candidate, Candidates, Exchange, Live, Warmth
 
 _PART = 0.5  # of what the quickest took
@@ -37,8 +39,13 @@ def latest_start(exchange: Exchange, candidate: Candidate, now: float) -> float:
     return exchange.ends_on(candidate.backend) - needed(candidate.live, exchange, now)
 
 
-def hopeful(exchange: Exchange, candidates: Candidates, now: float) -> Candidates:
-    """Those that might still answer in time; where none might, now and then one is risked."""
+def hopeful(exchange: Exchange, candidates: Candidates, now: float, *, totals: bool) -> Candidates:
+    """Those that might still answer in time; where none might, now and then one is risked.
+
+    `totals` says whether some backend limits the whole time of an exchange.
+    """
+    if not totals and _all_might(exchange, candidates, now):
+        return candidates
     found = [c for c in candidates if now < latest_start(exchange, c, now)]
     if not found:
         for candidate in candidates:
@@ -48,3 +55,15 @@ def hopeful(exchange: Exchange, candidates: Candidates, now: float) -> Candidate
                 typical.risked = now
                 return [candidate]
     return found
+
+
+def _all_might(exchange: Exchange, candidates: Candidates, now: float) -> bool:
+    """Whether there is time enough for any of them: the usual case, told quickly."""
+    model = exchange.model
+    left = inf if exchange.deadline is None else exchange.deadline - now
+    for candidate in candidates:
+        live = candidate.live
+        typical = live.typical.get(model)
+        if typical is not None and (typical.quickest > left or live.warmth is _COLD):
+            return False
+    return left > 0

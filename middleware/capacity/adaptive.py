@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from beacon_proxy.contracts import Exchange, Fault, Outcome, Stage, Verdict
 
@@ -35,7 +36,7 @@ _WINDOW = 16  # attempts that are judged together
 _PATIENT = 4 * _WINDOW  # attempts that cannot be measured, until those that can are judged
 _JITTER = 0.05  # s; what is less is no wait in a queue
 _STALE = 60.0  # s without a good answer: what was measured before says nothing of now
-_FIRST = 8  # of a class: the quickest of them is taken as it is
+_FIRST = 8  # of a kind: the quickest of them is taken as it is
 # From then on it moves a little with each: up where it took longer, down where it took less. It
 # rests where one in ten takes less: a few that a cache answered are no measure for the others.
 _RISE, _FALL = 1.001, 0.991
@@ -46,7 +47,7 @@ _CALM = 1 / 3  # power of the tolerance that is reached before a step down is ov
 _LEAST_LEFT = 0.5  # of the limit, after one step down by the measured times
 _LEFT = 0.75  # of the limit, after one without a measure
 _LONGEST_HOLD = 8.0  # times `probe_interval`
-_CLASSES = 256  # kept apart, a backend
+_KINDS = 256  # kept apart, a backend
 _WAITED = (Stage.HEAD, Stage.CONTENT)  # where a timeout is one of an answer
 
 
@@ -78,7 +79,7 @@ class Adaptive:
             raise ValueError(f"probe_interval: must be > 0 and finite, got {self.probe_interval}")
 
 
-class _Class:
+class _Kind:
     """First contents that may be compared with each other."""
 
     __slots__ = ("count", "quick")
@@ -86,6 +87,14 @@ class _Class:
     def __init__(self, ttft: float) -> None:
         self.quick = ttft  # s; about one in ten takes less
         self.count = 1  # up to _FIRST
+
+
+class Taken(NamedTuple):
+    """What is known of an attempt when its slot is taken."""
+
+    exchange_id: str
+    running: int  # at once, this one included
+    kind: Hashable  # of request: those that may be compared
 
 
 class Learner:
@@ -99,10 +108,10 @@ class Learner:
     __slots__ = (
         "_ceiling",
         "_changed_at",
-        "_classes",
         "_failed",
         "_good_at",
         "_hold",
+        "_kinds",
         "_options",
         "_peak",
         "_probe_at",
@@ -118,9 +127,9 @@ class Learner:
     def __init__(self, options: Adaptive) -> None:
         self._options = options
         self.limit = math.inf
-        self.ended: tuple[str, int] | None = None  # the exchange's id, and what ran beside it
-        self._classes: dict[Hashable, _Class] = {}
-        self._ratios: list[float] = []  # of the window: first content by the quickest of its class
+        self.ended: Taken | None = None
+        self._kinds: dict[Hashable, _Kind] = {}
+        self._ratios: list[float] = []  # of the window: first content by the quickest of its kind
         self._shares: list[float] = []  # of the window: the part of its time that was no excess
         self._unmeasured = 0  # good ones of the window that tell nothing of a wait
         self._peak = 0  # at once, in the window
@@ -137,21 +146,21 @@ class Learner:
         """The limit now, where `most` is the operator's."""
         return most if self.limit >= most else int(self.limit)
 
-    def taken(self, running: int) -> None:
-        """A slot was taken, and so many run now."""
+    def take(self, exchange: Exchange, running: int) -> Taken:
+        """Note that a slot was taken, and that so many run now."""
         if running > self._peak:
             self._peak = running
+        return Taken(exchange.id, running, _kind_of(exchange))
 
     def observe(self, exchange: Exchange, outcome: Outcome, now: float) -> None:
         """Learn from an attempt that has ended, right after its slot was given back."""
         ended, self.ended = self.ended, None
-        if ended is None or ended[0] != exchange.id:
-            return  # it was let in before this was switched on, or past the gate
-        running = ended[1]
+        if ended is None or ended.exchange_id != exchange.id:
+            return  # it came past the gate
         if outcome.verdict is Verdict.GOOD:
-            self._good(exchange, outcome, running, now)
+            self._good(exchange, outcome, ended, now)
         elif outcome.started > self._changed_at and self._too_much(exchange, outcome, now):
-            below = running - 1
+            running, below = ended.running, ended.running - 1
             to = below if self._proven >= below else int(running * _LEFT)
             self._step_down(running, to, running, now)
 
@@ -164,17 +173,17 @@ class Learner:
         late = outcome.fault is Fault.TIMEOUT and outcome.stage in _WAITED
         return late and now - self._good_at < _STALE  # else it may only be starting
 
-    def _good(self, exchange: Exchange, outcome: Outcome, running: int, now: float) -> None:
+    def _good(self, exchange: Exchange, outcome: Outcome, ended: Taken, now: float) -> None:
         if now - self._good_at >= _STALE:
             self._new_window()
         self._good_at = now
         ttft = outcome.ttft
         if not exchange.inference or outcome.cold_start is not None:
             return
-        quickest = self._note(exchange, ttft) if ttft and exchange.stream else None
+        quickest = self._note(ended.kind, ttft) if ttft and exchange.stream else None
         if outcome.started <= self._changed_at:
             return
-        self._proven = max(self._proven, running)
+        self._proven = max(self._proven, ended.running)
         if not ttft or quickest is None:
             self._unmeasured += 1
         else:
@@ -185,14 +194,13 @@ class Learner:
         if measured >= _WINDOW or self._unmeasured >= (_PATIENT if measured else _WINDOW):
             self._judge(now)
 
-    def _note(self, exchange: Exchange, ttft: float) -> float | None:
-        """Remember a first content; returns what the quickest of its class took, if any did."""
-        kind = _class_of(exchange)
-        seen = self._classes.get(kind)
+    def _note(self, kind: Hashable, ttft: float) -> float | None:
+        """Remember a first content; returns what the quickest of its kind took, if any did."""
+        seen = self._kinds.get(kind)
         if seen is None:
-            if len(self._classes) >= _CLASSES:
-                self._classes.clear()  # clients make up sizes
-            self._classes[kind] = _Class(ttft)
+            if len(self._kinds) >= _KINDS:
+                self._kinds.clear()  # clients make up sizes
+            self._kinds[kind] = _Kind(ttft)
             return None
         if seen.count < _FIRST:
             seen.count += 1
@@ -212,7 +220,7 @@ class Learner:
             self._settling = False
             self._step_up(peak, now)
         elif peak <= self._options.min:
-            self._classes.clear()
+            self._kinds.clear()
         elif ratio <= tolerance:
             self._lower(peak, to, now)
             self._ceiling = self.limit + 1
@@ -262,8 +270,11 @@ def _is_about_client(exchange: Exchange, outcome: Outcome) -> bool:
     return any(name.lower() in _CREDENTIALS for name, _ in exchange.headers)
 
 
-def _class_of(exchange: Exchange) -> Hashable:
-    """What a first content is compared with: each step of a size is a factor of two."""
+def _kind_of(exchange: Exchange) -> Hashable:
+    """What a first content is compared with: each step of a size is a factor of two.
+
+    To be asked before the attempt: the core lets go of the body once the answer is committed.
+    """
     if exchange.prompt is not None:
         size = len(exchange.prompt.prompt)
     else:

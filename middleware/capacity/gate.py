@@ -28,7 +28,7 @@ from beacon_proxy.contracts import (
     QueueLimits,
 )
 
-from .adaptive import Adaptive, Learner
+from .adaptive import Adaptive, Learner, Taken
 
 _Server = str | tuple[str, float]  # a name, with the time of joining where it has one
 
@@ -87,8 +87,7 @@ class Capacity:
         if taken >= learner.bound(room):
             return None
         self._in_flight[server] = running = taken + 1
-        learner.taken(running)
-        return _WatchedSlot(self._in_flight, server, learner, exchange.id, running)
+        return _WatchedSlot(self._in_flight, server, learner, learner.take(exchange, running))
 
     def _forget(self) -> None:
         """Keep only what was learnt of backends that are still there, or still at work."""
@@ -181,22 +180,16 @@ class _Slot:
 class _WatchedSlot(_Slot):
     """One whose end is told to who learns from it."""
 
-    __slots__ = ("_exchange_id", "_learner", "_running")
+    __slots__ = ("_learner", "_taken")
 
     def __init__(
-        self,
-        in_flight: dict[_Server, int],
-        server: _Server,
-        learner: Learner,
-        exchange_id: str,
-        running: int,
+        self, in_flight: dict[_Server, int], server: _Server, learner: Learner, taken: Taken
     ) -> None:
         super().__init__(in_flight, server)
         self._learner = learner
-        self._exchange_id = exchange_id
-        self._running = running
+        self._taken = taken
 
     def release(self) -> None:
         if self._server is not None:
-            self._learner.ended = (self._exchange_id, self._running)
+            self._learner.ended = self._taken
         super().release()
