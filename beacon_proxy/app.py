@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import random
 import signal
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvloop
 
 from . import __version__
-from .alerts.view import MINUTES, Sources
 from .alerts.watch import Watch
 from .api.admin import Admin
 from .api.cors import Cors
@@ -23,12 +21,19 @@ from .api.inference import PATHS, Inference
 from .api.protocol import HEAD_TIMEOUT, ClientServer
 from .api.server import Api
 from .config import Settings, resolve_backends
-from .errors import told
 from .fleet.fleet import Fleet
 from .fleet.load import Load
 from .ops.performance import Performance
 from .ops.telemetry import Telemetry
-from .plugins import Plugins, build_middleware, build_provider
+from .parts import (
+    make_alerts,
+    make_discovery,
+    make_ledger,
+    make_middlewares,
+    make_scaler,
+    remember_spending,
+)
+from .plugins import Plugins, build_provider
 from .routing.attempt import Wire
 from .routing.chain import Chain
 from .routing.pipeline import Pipeline
@@ -38,12 +43,6 @@ from .wire.pool import Pool
 from .wire.upload import BodyLimits, Kept
 from .wire.wheel import Wheel
 
-if TYPE_CHECKING:
-    from .discovery.refresh import Refresher
-    from .ledger import Ledger
-    from .scaling.scaler import Scaler
-
-_REMEMBERS = 20.0  # s that the start waits for what was spent before
 BACKLOG = 1024  # connections the kernel holds while the loop is busy
 
 
@@ -101,8 +100,8 @@ class App:
             clock=self.fleet.now,
             notify=self.telemetry.notify,
         )
-        self._refresher = self._discovery() if settings.discovery else None
-        self._ledger = self._make_ledger() if settings.ledger.path else None
+        self._refresher = make_discovery(settings, self.fleet, self.telemetry)
+        self._ledger = make_ledger(settings, self.telemetry)
         self.pipeline: Pipeline
         self._load: Load
         self._watch: Watch | None = None
@@ -114,25 +113,27 @@ class App:
             OSError: the address cannot be listened on.
         """
         loop = asyncio.get_running_loop()
-        server = self._settings.server
+        settings, telemetry = self._settings, self.telemetry
+        server = settings.server
         self._wheel = Wheel(loop)
         self._pool = Pool(loop, self._wheel)
         self._pool.keeps, self.fleet.on_left = self.fleet.keeps, self._pool.forget
-        performance = Performance(self.telemetry.windows, self.telemetry.notify)
+        performance = Performance(telemetry.windows, telemetry.notify)
         # Last: who finds no room on a backend must not hold money for it, nor write what none took.
-        budgets = [self.budgets] if self._settings.budgets else []
+        budgets = [self.budgets] if settings.budgets else []
         ledger = [] if self._ledger is None else [self._ledger]
-        chain = Chain.of([*self._middlewares(), performance, *budgets, *ledger])
-        self._watch = watch = self._alerts(chain)
+        middlewares = make_middlewares(settings, self._plugins, telemetry)
+        chain = Chain.of([*middlewares, performance, *budgets, *ledger])
+        self._watch = watch = make_alerts(settings, self.fleet, chain, telemetry, self._refresher)
         wire = Wire(loop, self._wheel, self._pool, self._carriers)
         self.pipeline = Pipeline(self.fleet, chain, wire, self.telemetry, self.budgets)
         self._load = Load(self.fleet, chain.limits)
         core = (self._load.gauges, self.pipeline.queue.gauges, watch.gauges)
-        self.telemetry.sources = (*chain.gauges, *core)
+        telemetry.sources = (*chain.gauges, *core)
         self._http = ClientServer(
             self._api(loop), loop, self._wheel, head_timeout=self._head_timeout
         )
-        await self._remember_spending()
+        await remember_spending(settings, self.budgets, telemetry)
         self._server = await loop.create_server(
             self._http, server.host, server.port, backlog=BACKLOG, reuse_address=True
         )
@@ -141,132 +142,20 @@ class App:
         if self._refresher is not None:
             self._stack.push_async_callback(self._refresher.close)
             self._refresher.start()
-        if (scaler := self._scaler()) is not None:
-            self.telemetry.sources += (scaler.gauges,)
+        waiting = self.pipeline.waiting
+        scaler = make_scaler(settings, self.backends, self.fleet, waiting, telemetry)
+        if scaler is not None:
+            telemetry.sources += (scaler.gauges,)
             await self._stack.enter_async_context(scaler.lifespan())
         for lifespan in chain.lifespans:
             await self._stack.enter_async_context(lifespan(self.fleet))
         self._stack.push_async_callback(watch.close)  # before what it looks at
         watch.start()
-        for warning in self._settings.warnings:
-            self.telemetry.notify("config.ignored", warning=warning)
-        self.telemetry.notify(
+        for warning in settings.warnings:
+            telemetry.notify("config.ignored", warning=warning)
+        telemetry.notify(
             "server.started", port=self.port, backends=len(self.backends), version=__version__
         )
-
-    async def _remember_spending(self) -> None:
-        """Let budgets go on from what the ledger holds of their windows, before all else."""
-        if self._ledger is None or not self._settings.budgets:
-            return
-        from .ledger import LedgerError, spent_since
-
-        path = self._settings.ledger.path
-        try:
-            async with asyncio.timeout(_REMEMBERS):
-                for since in self.budgets.windows():
-                    self.budgets.restore(since, await asyncio.to_thread(spent_since, path, since))
-        except (LedgerError, TimeoutError) as exc:  # it serves all the same; the operator is told
-            self.telemetry.notify("budget.forgot", error=told(exc))
-
-    def _scaler(self) -> Scaler | None:
-        """Who scales the backends that are this instance's to scale; None: there are none."""
-        settings = self._settings
-        homes = {backend.name: backend.region for backend in self.backends}
-        here = [
-            row
-            for row in settings.autoscale.backends
-            if (row.instance or homes.get(row.backend)) == settings.server.region
-        ]
-        if not here:
-            return None
-        # Not above: most have no use for it, and a start is its imports.
-        from .scaling.plan import Bounds
-        from .scaling.scaler import Scaler
-
-        return Scaler(
-            {
-                row.backend: Bounds(**row.model_dump(exclude={"backend", "instance"}))
-                for row in here
-            },
-            interval=settings.autoscale.interval,
-            dry_run=settings.autoscale.dry_run,
-            fleet=self.fleet,
-            waiting=self.pipeline.waiting,
-            clock=time.monotonic,
-            notify=self.telemetry.notify,
-        )
-
-    def _discovery(self) -> Refresher:
-        # Not above: most have no use for it, and a start is its imports.
-        from .discovery.refresh import Refresher
-        from .discovery.sources import source_of
-
-        return Refresher(
-            [source_of(row, __version__) for row in self._settings.discovery],
-            self._settings,
-            self.fleet.providers,
-            self.fleet,
-            clock=time.monotonic,
-            rng=random.Random(),
-            notify=self.telemetry.notify,
-        )
-
-    def _alerts(self, chain: Chain) -> Watch:
-        settings, telemetry, refresher = self._settings.alerts, self.telemetry, self._refresher
-        sender = None
-        if settings.webhooks:
-            from .alerts.webhooks import Webhooks
-
-            sender = Webhooks(
-                settings.webhooks,
-                version=__version__,
-                unix=telemetry.unix,
-                rng=random.Random(),
-                notify=telemetry.notify,
-            )
-        sources = Sources(
-            candidates=self.fleet.candidates,
-            gauges=lambda: telemetry.gauges(chain.gauges),
-            recent=lambda: telemetry.windows.totals(
-                MINUTES, lambda key: (key.region, key.provider)
-            ),
-            queue=lambda: (telemetry.metrics.queue_depth, chain.queue.size),
-            lines_lost=lambda: telemetry.lines_lost,
-            discovery=dict if refresher is None else refresher.answering,
-        )
-        return Watch(
-            settings,
-            sources,
-            region=telemetry.region,
-            clock=telemetry.clock,
-            unix=telemetry.unix,
-            notify=telemetry.notify,
-            sender=sender,
-        )
-
-    def _make_ledger(self) -> Ledger:
-        from .ledger import Ledger  # brings SQLite
-
-        options = self._settings.ledger
-        return Ledger(
-            options.path,
-            flush_interval=options.flush_interval,
-            retention_days=options.retention_days,
-            notify=self.telemetry.notify,
-        )
-
-    def _middlewares(self) -> list[object]:
-        return [
-            build_middleware(
-                self._plugins.middleware[entry.name],
-                entry.options,
-                clock=time.monotonic,
-                rng=random.Random(),
-                region=self._settings.server.region,
-                notify=self.telemetry.notify,
-            )
-            for entry in self._settings.middleware
-        ]
 
     def _api(self, loop: asyncio.AbstractEventLoop) -> Api:
         settings = self._settings

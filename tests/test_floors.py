@@ -41,7 +41,9 @@ FLOORS: dict[str, set[str]] = {
     "cli": GROUND | {"plugins", "config", "schema", "app", "demo", "ledger", "alerts"},
     "__main__": {"cli"},
 }
-FLOORS["app"] = set(FLOORS) - {"schema", "demo", "cli", "__main__"}  # it puts them all together
+# They put all others together.
+FLOORS["parts"] = set(FLOORS) - {"schema", "api", "demo", "cli", "__main__"}
+FLOORS["app"] = FLOORS["parts"] | {"api", "parts"}
 OUTSIDE_OF_GROUND = {"multidict"}
 TYPES_OF_GROUND = OUTSIDE_OF_GROUND | {"aiohttp"}
 OUTSIDE_OF_PROVIDERS = {"multidict", "aiohttp", "aiohttp_retry", "modal"}
