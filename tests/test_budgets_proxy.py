@@ -214,7 +214,7 @@ async def test_stream_when_it_runs_on_beyond_its_estimate_keeps_others_out() -> 
         assert (await client.body(head, "POST")).complete
         (_, line) = await p.exchanges(2)
         assert gauge(p, "spent_usd") == pytest.approx(line["cost_usd"], abs=1e-6)
-        assert gauge(p, "spent_usd") > 0.5
+        assert gauge(p, "spent_usd") > 0.4  # connecting is held for, and not paid
         assert refused(await ask(p))  # and what it cost is over
 
 
