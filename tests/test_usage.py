@@ -6,7 +6,9 @@ The streams are cut anywhere: where a piece ends says nothing about where an eve
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,6 +181,22 @@ TOLD: dict[str, tuple[Shape, Sequence[bytes], Told]] = {
             DONE,
         ),
         (33, 5),
+    ),
+    "continuous, but for the end": (
+        Shape.CHAT,
+        (
+            *(said("a", usage={"prompt_tokens": 33, "completion_tokens": n}) for n in (1, 5)),
+            *(FINISH, DONE),
+        ),
+        (33, 5),
+    ),
+    "counts in the first chunk alone": (
+        Shape.CHAT,
+        (
+            said("a", usage={"prompt_tokens": 33, "completion_tokens": 1}),
+            *(*TOKENS, FINISH, DONE),
+        ),
+        (33, None),
     ),
     "vLLM, continuous, cut": (
         Shape.CHAT,
@@ -417,6 +435,12 @@ def test_watch_when_an_event_never_ends_keeps_no_more_than_256_kib_of_it() -> No
     assert sum(len(each._head) + len(each._tail) for each in ends) < 65_536
 
 
+def test_counts_when_one_piece_ends_events_and_begins_a_huge_one_are_of_the_right_one() -> None:
+    last = line({"context": list(range(100_000)), **LAST})
+    watch = watched(Shape.OLLAMA, [ollama("a") + ollama("b") + last[:500_000], last[500_000:]])
+    assert (watch.told(), watch.ended, watch.load) == ((33, 5), True, 2.5)
+
+
 def test_load_when_ollama_had_to_load_is_told_whatever_the_size_of_its_context() -> None:
     for size in (0, 900, 100_000):
         last = line({"context": list(range(size)), **LAST})
@@ -504,6 +528,14 @@ def test_counts_when_a_document_holds_forged_ones_deeper_are_never_those(
     document = parts if first else dict(reversed(parts.items()))
     ends = Ends(json.dumps(document).encode())
     assert told_by(ends.document()) == NOTHING
+
+
+def test_docs_of_usage_name_tests_that_are_there() -> None:
+    root = Path(__file__).parent.parent
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", (root / "docs" / "usage.md").read_text())
+    assert len(named) > 20
+    for file, name in named:
+        assert f"def {name}(" in (root / file).read_text(), name
 
 
 def test_guess_of_a_prompt_when_it_holds_pictures_counts_them_as_such() -> None:

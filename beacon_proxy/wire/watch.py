@@ -182,7 +182,11 @@ class Watch:
         if end != len(window):
             self._rest = window[end:]
             if len(self._rest) > _LINE_MAX:
-                self._give_up_line()
+                self._rest = b""
+                if end:
+                    self.feed(window[:end])
+                self._give_up_line(window[end:])
+                return
             window = window[:end]
         elif self._rest:
             self._rest = b""
@@ -212,9 +216,8 @@ class Watch:
             if line:
                 self._read_line(line, before)
 
-    def _give_up_line(self) -> None:
+    def _give_up_line(self, rest: bytes) -> None:
         """A line too long to be kept is content; an end mark inside it is believed as it stands."""
-        rest = self._rest
         if self._long is None:
             self._long = Ends(rest.removeprefix(b"data:").lstrip())
         else:
@@ -251,7 +254,10 @@ class Watch:
             sign = Sign.CONTENT  # not ours to judge
         else:
             sign = _sign_of(self._shape, event)
-            if self._counts_all or "usage" in event or "timings" in event:
+            counts = "usage" in event or "timings" in event
+            if counts or self._counts_all:
+                if sign is Sign.LAST and not (counts or self.ended):
+                    self._look_back(before)
                 self._count(event, sign)
         self._idle += had_content and sign is not Sign.CONTENT
         if self.ended:
@@ -283,25 +289,34 @@ class Watch:
             self._hints = _AFTER
 
     def _read_long(self, line: bytes) -> None:
-        """Find the counts in a line that was too long to be kept, by its two ends."""
+        """Find the counts in a line that was too long to be kept, by its two ends; see above."""
         ends, self._long = self._long, None
         assert ends is not None
         ends.feed(line[_LONGEST:].rstrip())
         responses = self._shape is Shape.RESPONSES
         event = ends.document(b"response" if responses else b"")
         self._count(event, Sign.LAST)
+        self.ended = self.ended or any(hint in line for hint in _HINTS[self._shape])
         after = self.ended and self._shape is Shape.CHAT
         self._hints = _AFTER if after else _HINTS[self._shape]
 
     def _look_back(self, before: bytes = b"") -> None:
         """Take the counts of the event before, where each event has them (vLLM's
-        `continuous_usage_stats`): none of those was parsed as it passed.
+        `continuous_usage_stats`): it was not parsed as it passed, and those that were are out of
+        date. `before`: its line; else it is among the last that were kept.
         """
+        if self._shape is not Shape.CHAT:
+            return
+        earlier, self._tally = self._tally, None
         for line in (before, *reversed(self._last.split(b"\n"))):
             if data := self._data_of(line):
-                if self._shape is Shape.CHAT and (event := _event_in(data)) is not None:
+                event = _event_in(data)
+                if event is not None and ("usage" in event or "timings" in event):
                     self._count(event, Sign.CONTENT)
-                return
+                break
+        if self._tally is None and earlier is not None:
+            earlier.told = earlier.told[0], None
+            self._tally = earlier
 
     @property
     def fresh(self) -> bool:
@@ -329,15 +344,9 @@ class Watch:
         """Tokens as the backend counted them, as far as it has."""
         if self._long is not None:
             self._read_long(self._rest)
-        told = NOTHING if self._tally is None else self._tally.told
-        if not self.ended and self._shape is Shape.CHAT:
-            before, self._tally = self._tally, None
+        if not self.ended:
             self._look_back()
-            if self._tally is None:  # what an earlier event has said of the output is out of date
-                self._tally = before
-                return told[0], None
-            return self._tally.told
-        return told
+        return NOTHING if self._tally is None else self._tally.told
 
     @property
     def events(self) -> int:
