@@ -168,6 +168,7 @@ class App:
             env=self._env,
             version=__version__,
             state=self,
+            ledger=self._ledger,
         )
         inference = Inference(self.pipeline, self.fleet)
         return Api(

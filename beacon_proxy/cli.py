@@ -7,9 +7,11 @@ What a command needs is imported when it runs: `--help` and a usage error answer
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,11 +103,38 @@ def _incomplete(written: Mapping[str, Any]) -> list[str]:
 
 
 def _costs(args: argparse.Namespace) -> int:
-    _say(
-        "costs: this version keeps no ledger yet;"
-        " GET /costs of the running proxy has the spend since its start"
-    )
-    return 1
+    from .config import ledger_settings, read_settings
+    from .ledger import LedgerError, report
+    from .ledger.formats import FORMATS
+
+    written = read_settings(args.config)
+    path = ledger_settings(written, os.environ).path
+    if not path:
+        _say("costs: no ledger is kept, as ledger.path is empty")
+        return 1
+    try:
+        found = report(path, args.since, args.by, math.inf)  # who waits has Ctrl-C
+    except LedgerError as exc:
+        _say(f"costs: {path}: {exc}")
+        return 1
+    sys.stdout.write(FORMATS[args.format](found.document(_rent(written))))
+    return 0
+
+
+def _rent(written: Mapping[str, Any]) -> float | None:
+    """USD an hour of what is rented; None where the ledger is read without the configuration."""
+    from .config import make_settings, resolve_backends
+    from .errors import ConfigError
+    from .ledger import rent_per_hour
+    from .plugins import Plugins
+
+    try:
+        plugins = Plugins.discover()
+        settings = make_settings(written, os.environ, plugins)
+        return rent_per_hour(resolve_backends(settings, plugins), time.time())
+    except ConfigError:
+        _say("warning: rents are not known: `beacon-proxy check` says what is wrong")
+        return None
 
 
 def _alerts(args: argparse.Namespace) -> int:
@@ -158,9 +187,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     serve = commands.add_parser("serve", help="run the proxy")
     check = commands.add_parser("check", help="validate the configuration; exit 0 or 1")
+    costs = commands.add_parser("costs", help="what was spent, from the ledger")
     alerts = commands.add_parser("alerts", help="test the webhooks that alerts are sent to")
     alerts.add_argument("what", choices=("test",), help="send one message to each; exit 0 or 1")
-    for command in (serve, check, alerts):
+    for command in (serve, check, costs, alerts):
         command.add_argument(
             "--config",
             type=Path,
@@ -169,14 +199,14 @@ def _parser() -> argparse.ArgumentParser:
         )
     serve.add_argument("--host", metavar="H", help="address to listen on, over the file's")
     serve.add_argument("--port", type=_port, metavar="P", help="port, over env PORT and the file's")
-    _add_costs(commands.add_parser("costs", help="what was spent, from the ledger"))
+    _add_costs(costs)
     demo = commands.add_parser("demo", help="real local backends and the proxy before them")
     demo.add_argument("--port", type=_port, default=8080, metavar="P", help="default: 8080")
     return parser
 
 
 def _add_costs(costs: argparse.ArgumentParser) -> None:
-    by = ("provider", "region", "model", "tenant", "day")
+    by = ("provider", "region", "model", "tenant", "day", "backend", "pool")
     costs.add_argument("--since", type=_since, default="7d", metavar="7d", help="s, m, h, d or w")
     costs.add_argument("--by", choices=by, default="provider", help="default: provider")
     costs.add_argument(

@@ -285,17 +285,6 @@ def test_serve_when_nobody_reads_its_log_still_serves_and_stops(place: Path) -> 
             process.kill()  # else a failure would be waited for
 
 
-def test_costs_when_asked_says_that_there_is_no_ledger_yet(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(["costs", "--since", "24h", "--by", "model", "--format", "csv"]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert len(err.splitlines()) == 1
-    assert "no ledger" in err
-    assert "GET /costs" in err
-
-
 def hooks(*urls: str) -> str:
     rows = ", ".join(f"{{url: '{url}', secret: hunter2}}" for url in urls)
     return f"{GOOD}alerts: {{webhooks: [{rows}]}}\n"

@@ -29,6 +29,7 @@ from .checks import (
     check_rows,
 )
 from .document import put_in, read, veiled
+from .money import Ledger
 from .problems import Place, dotted, lines, shown
 from .settings import MiddlewareEntry, Settings, TimeoutSettings
 from .values import split_url
@@ -36,6 +37,7 @@ from .values import split_url
 __all__ = [
     "MiddlewareEntry",
     "Settings",
+    "ledger_settings",
     "load_settings",
     "make_settings",
     "read_settings",
@@ -104,6 +106,23 @@ def make_settings(written: Mapping[str, Any], env: Mapping[str, str], plugins: P
     if unset or found:  # raised out here, so that no traceback holds what pydantic was given
         raise ConfigError([*unset, *veiled(_beside(unset, found), written, env)])
     return settings
+
+
+def ledger_settings(written: Mapping[str, Any], env: Mapping[str, str]) -> Ledger:
+    """The ledger's section alone, for who reads it where the rest of a configuration is not.
+
+    Raises:
+        ConfigError: with every problem of that section.
+    """
+    problems: list[str] = []
+    section = put_in(written.get("ledger", {}), env, problems, ("ledger",))
+    if not problems:
+        try:
+            return Ledger.model_validate(section)
+        except ValidationError as exc:
+            given = written.get("ledger")
+            problems += lines(exc, Ledger, given, lambda at: dotted(("ledger", *at)))
+    raise ConfigError(problems)
 
 
 def _beside(unset: list[str], found: list[str]) -> list[str]:

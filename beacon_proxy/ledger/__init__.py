@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from .reports import BY, Report, rent_per_hour, report, seconds_of
 from .schema import LedgerError
 from .spent import Spent, spent_since
 from .writer import Ledger
 
-__all__ = ["Ledger", "LedgerError", "Spent", "spent_since"]
+__all__ = [
+    "BY",
+    "Ledger",
+    "LedgerError",
+    "Report",
+    "Spent",
+    "rent_per_hour",
+    "report",
+    "seconds_of",
+    "spent_since",
+]

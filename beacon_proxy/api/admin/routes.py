@@ -1,27 +1,27 @@
 """The proxy's own routes, but for /inference: health, fleet, models, spend, metrics.
 
-All of them only read, answer at once from memory, and ask no backend anything: a monitor that polls
-them costs no GPU a second.
+All of them only read, answer from memory or the ledger, and ask no backend anything: a monitor that
+polls them costs no GPU a second.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
 
 from ...contracts import Candidate, End, Provider
-from ...errors import BadRequest, ProxyError
+from ...errors import ProxyError
 from ...fleet.load import Load
+from ...ledger import Ledger
 from ...ops.metrics import healthy
 from ...ops.telemetry import Telemetry
-from ...ops.windows import MINUTES, SPANS, Key, Totals
+from ...ops.windows import MINUTES, SPANS, Totals
 from ...regions import canonical_region
 from . import models, views
 from .answers import HEADERS, Handler, View, handler, json_answer, prefers_text, problem
+from .costs import Costs
 from .events import wants_upgrade, watch
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 _SERVICE = "hybrid-router"
 _VARIABLES = ("PORT", "FLY_REGION")  # beside those that the providers read
-_SINCE = re.compile(r"([0-9]{1,9})([smhd]?)")
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Fleet(Protocol):
@@ -73,6 +71,7 @@ class Admin:
         env: Mapping[str, str],
         version: str,
         state: State,
+        ledger: Ledger | None = None,
     ) -> None:
         self._region = settings.server.region
         self._fleet = fleet
@@ -92,13 +91,13 @@ class Admin:
             "/models": self._models,
             "/v1/models": self._openai_models,
             "/api/tags": self._ollama_models,
-            "/costs": self._costs,
             "/regions": self._regions,
             "/env": self._environment,
             "/metrics": self._metrics,
         }
         self.routes: Mapping[str, Handler] = {
             **{path: handler(view) for path, view in by_path.items()},
+            "/costs": Costs(fleet, telemetry, ledger),
             "/ws": self._ws,
         }
 
@@ -163,26 +162,6 @@ class Admin:
     def _ollama_models(self, _request: web.BaseRequest) -> web.Response:
         return json_answer(models.ollama_models(self._fleet.candidates(), self._state.started_unix))
 
-    def _costs(self, request: web.BaseRequest) -> web.Response:
-        since, by = request.query.get("since", "1h"), request.query.get("by", "provider")
-        if by not in Key._fields:
-            raise BadRequest(f"by: must be one of {', '.join(Key._fields)}, got {by[:40]!r}")
-        minutes = min(math.ceil(_seconds(since) / 60), MINUTES)
-        windows = self._telemetry.windows
-        groups = windows.totals(minutes, by=lambda key: getattr(key, by))
-        rows = [{by: name, **views.sums(totals)} for name, totals in groups.items()]
-        return json_answer(
-            {
-                "since": since,
-                "by": by,
-                "rows": sorted(rows, key=lambda row: (-row["usd"], row[by])),
-                "total_usd": round(sum(totals.usd for totals in groups.values()), 9),
-                "covered_seconds": round(windows.covered(minutes), 1),
-                "scope": "this process, since its start, at most one hour, in whole minutes",
-                "timestamp": self._telemetry.unix(),
-            }
-        )
-
     def _regions(self, _request: web.BaseRequest) -> web.Response:
         candidates, now = self._fleet.candidates(), self._fleet.now()
         return json_answer(
@@ -230,11 +209,3 @@ _PLAIN_WS = handler(
         {"status": "ok", "message": "connect with a WebSocket client for live events"}
     )
 )
-
-
-def _seconds(since: str) -> int:
-    found = _SINCE.fullmatch(since)
-    seconds = int(found[1]) * _UNITS[found[2]] if found else 0
-    if not seconds:
-        raise BadRequest(f"since: must be a time such as 30s, 15m, 1h or 7d, got {since[:40]!r}")
-    return seconds
