@@ -24,8 +24,9 @@ from beacon_proxy.contracts import (
     Verdict,
 )
 from beacon_proxy.errors import BudgetExceeded, Limited
-from beacon_proxy.spending import budgets as module
-from beacon_proxy.spending.budgets import Budgets, window
+from beacon_proxy.spending import accounts
+from beacon_proxy.spending.accounts import window
+from beacon_proxy.spending.budgets import Budgets
 
 NOON = datetime(2026, 3, 31, 12, tzinfo=UTC).timestamp()
 HAIR = 1e-9  # USD
@@ -439,7 +440,7 @@ def test_tenant_when_it_has_spent_its_own_leaves_the_others_theirs() -> None:
 
 def test_tenants_when_there_are_too_many_share_one_account(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients make names up; each has a budget of its own until there are too many."""
-    monkeypatch.setattr(module, "_TENANTS", 3)
+    monkeypatch.setattr(accounts, "_TENANTS", 3)
     scene = Scene((Terms(scope="tenant", per="hour"),), seconds=0.5)
     for tenant in "abc":
         scene.end(begun(scene.begin(tenant=tenant)), usd=0.6)

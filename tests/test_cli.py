@@ -91,16 +91,19 @@ def test_check_when_all_is_well_exits_0_and_says_what_it_found(
     assert err == ""
 
 
-def test_check_when_budgets_would_forget_at_a_restart_warns_and_exits_0(
+def test_check_when_a_setting_does_less_than_it_seems_to_warns_and_exits_0(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (place / "beacon.yaml").write_text(
-        GOOD + "ledger: {path: ''}\nbudgets: [{name: b, per: day, usd: 1}]"
+        GOOD + "budgets: [{name: b, scope: tenant, per: day, usd: 1}]"
     )
     assert main(["check"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("configuration is valid, 1 warning above; backends: here;")
-    assert err.startswith("beacon-proxy: warning: budgets: ")
+    assert err == (
+        "beacon-proxy: warning: budgets[0].scope: without limits.tenant_header all clients are one"
+        " tenant\n"
+    )
 
 
 def test_check_when_variables_lack_their_partner_warns_and_counts(

@@ -55,7 +55,7 @@ LEVELS = {
 
 # What a listener on the public /ws has no business to know.
 _PRIVATE = frozenset(
-    {"client", "detail", "error", "host", "path", "problems", "source", "trace_id", "url"}
+    {"client", "detail", "error", "host", "path", "problems", "source", "tenant", "trace_id", "url"}
 )
 _TAKEN = frozenset(
     {"event", "level", "method_name", "self", "ts"}

@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime, timedelta
 from math import inf
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from ..contracts import (
     NO_SLOT,
@@ -37,184 +36,12 @@ from ..contracts import (
     tell_nobody,
 )
 from ..errors import BudgetExceeded, Limited
+from .accounts import HAIR, Budget, Hold, Past, Terms
 
-_LENGTHS = {"minute": 60.0, "hour": 3600.0, "day": 86_400.0}  # s
 _LOOK_PAUSE = 1.0  # s between two looks at what runs
-_TENANTS = 10_000  # that have an account of their own, a budget; clients make them up
-_OTHERS = "*"  # the account of all further ones; no tenant is called so
-_HAIR = 1e-12  # USD that a sum of floats may be off by
-_SOON = 5.0  # s, to who finds no room only for what runs
 _UNCHANGING = 60.0  # s, to who asks for less than anybody is expected to cost
 
 Expected = Callable[[Backend, Live, str | None, float], float]  # `Estimates.usd`
-
-
-class Terms(Protocol):
-    """A budget as configured."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def scope(self) -> str:
-        """`all`, `tenant`, or `pool:`, `provider:`, `backend:` or `region:` and a name."""
-        ...
-
-    @property
-    def per(self) -> str:
-        """`minute`, `hour`, `day` or `month`."""
-        ...
-
-    @property
-    def usd(self) -> float: ...
-
-
-class Past(Protocol):
-    """What was spent before this process began, summed up in any way that keeps these apart."""
-
-    @property
-    def pool(self) -> str: ...
-
-    @property
-    def provider(self) -> str: ...
-
-    @property
-    def backend(self) -> str: ...
-
-    @property
-    def region(self) -> str: ...
-
-    @property
-    def tenant(self) -> str | None: ...
-
-    @property
-    def usd(self) -> float: ...
-
-
-def window(per: str, unix: float) -> tuple[float, float]:
-    """The calendar window in UTC that `unix` (s) lies in: its start and its end, unix s."""
-    if per == "month":
-        start = datetime.fromtimestamp(unix, UTC).replace(
-            day=1, hour=0, minute=0, second=0, microsecond=0
-        )
-        end = (start + timedelta(days=32)).replace(day=1)
-        return start.timestamp(), end.timestamp()
-    length = _LENGTHS[per]
-    begun = unix // length * length
-    return begun, begun + length
-
-
-class _Account:
-    """USD spent in a window and held for what runs."""
-
-    __slots__ = ("held", "refuses", "running", "spent")
-
-    def __init__(self) -> None:
-        self.spent = self.held = 0.0
-        self.running = 0  # attempts that hold some of it
-        self.refuses = False  # somebody was turned away, and nobody was let in since
-
-    def give_back(self, usd: float) -> None:
-        self.running -= 1
-        self.held = self.held - usd if self.running else 0.0  # a sum of floats must not drift
-
-
-_UNTOUCHED = _Account()
-
-
-class _Budget:
-    """One budget and its accounts, in the window that is now.
-
-    Attributes:
-        begun, ends: of the window, unix s.
-        told: somebody was turned away in it.
-    """
-
-    def __init__(self, terms: Terms, unix: float) -> None:
-        self.name, self.scope, self.per, self.usd = terms.name, terms.scope, terms.per, terms.usd
-        self._kind, _, self._of = terms.scope.partition(":")
-        self.each_tenant = self._kind == "tenant"
-        # The field of a backend that it goes by; "": any backend.
-        self._field = "name" if self._kind == "backend" else self._kind if self._of else ""
-        self._accounts: dict[str, _Account] = {}
-        self.begun, self.ends = window(self.per, unix)
-        self.told = False
-
-    def covers(self, backend: Backend) -> bool:
-        return not self._field or getattr(backend, self._field) == self._of
-
-    def covers_past(self, past: Past) -> bool:
-        return not self._field or getattr(past, self._kind) == self._of
-
-    def roll(self, unix: float) -> None:
-        """Begin anew if the window is over. A clock that is set back a little begins nothing."""
-        if 2 * self.begun - self.ends <= unix < self.ends:
-            return
-        self.begun, self.ends = window(self.per, unix)
-        self.told = False
-        self._accounts = {key: each for key, each in self._accounts.items() if each.running}
-        for account in self._accounts.values():
-            account.spent, account.refuses = 0.0, False
-
-    def _key(self, tenant: str | None) -> str:
-        key = (tenant or "") if self.each_tenant else ""
-        return _OTHERS if len(self._accounts) >= _TENANTS and key not in self._accounts else key
-
-    def look(self, tenant: str | None) -> _Account:
-        """The account as it stands, to be read only."""
-        return self._accounts.get(self._key(tenant), _UNTOUCHED)
-
-    def account(self, tenant: str | None) -> _Account:
-        return self._accounts.setdefault(self._key(tenant), _Account())
-
-    def fullest(self) -> _Account:
-        """The account of which most is used; to be read only."""
-        each = self._accounts.values()
-        return max(each, key=lambda account: account.spent + account.held, default=_UNTOUCHED)
-
-    def wait(self, tenant: str | None, usd: float, unix: float) -> float:
-        """Seconds until there may be room for `usd`."""
-        left = self.ends - unix
-        # Where it is only for what runs, that ends before the window does, as a rule.
-        return left if self.look(tenant).spent + usd > self.usd + _HAIR else min(left, _SOON)
-
-
-class _Hold:
-    """What one running attempt holds; a second release changes nothing."""
-
-    __slots__ = ("_key", "_running", "accounts", "number", "price", "started", "usd")
-
-    def __init__(
-        self, running: dict[int, _Hold], exchange: Exchange, accounts: tuple[_Account, ...]
-    ) -> None:
-        self.accounts = accounts
-        self.number = len(exchange.attempts)  # its place among them, once it has ended
-        self.usd = self.price = self.started = 0.0
-        self._running, self._key = running, id(exchange)
-        running[self._key] = self
-
-    def take(self, usd: float, price: float, now: float) -> None:
-        """Hold the estimate of an attempt that begins now (monotonic s), at `price` a second."""
-        self.usd, self.price, self.started = usd, price, now
-        for account in self.accounts:
-            account.held += usd
-            account.running += 1
-            account.refuses = False
-
-    def look(self, now: float) -> None:
-        """Hold what it has cost so far, where that is more."""
-        more = (now - self.started) * self.price - self.usd
-        if more > 0:
-            self.usd += more
-            for account in self.accounts:
-                account.held += more
-
-    def release(self) -> None:
-        accounts, self.accounts = self.accounts, ()
-        if accounts:
-            del self._running[self._key]
-        for account in accounts:
-            account.give_back(self.usd)
 
 
 class Refused(NamedTuple):
@@ -222,7 +49,7 @@ class Refused(NamedTuple):
 
     candidate: Candidate
     usd: float  # that it is expected to cost
-    budgets: tuple[_Budget, ...]  # that have no room for it; (): more than one request may cost
+    budgets: tuple[Budget, ...]  # that have no room for it; (): more than one request may cost
 
 
 class Budgets:
@@ -245,13 +72,13 @@ class Budgets:
     ) -> None:
         """`max_price` is what one request may cost, USD; `look_pause`: see rule 2, s."""
         now = unix()
-        self._budgets = tuple(_Budget(each, now) for each in terms)
+        self._budgets = tuple(Budget(each, now) for each in terms)
         self._expected = expected
         self._max_price = max_price
         self._clock, self._unix, self._notify = clock, unix, notify
         self._look_pause, self._looked = look_pause, -inf
         self.bounded = bool(self._budgets) or max_price is not None
-        self._running: dict[int, _Hold] = {}  # by the id() of the exchange
+        self._running: dict[int, Hold] = {}  # by the id() of the exchange
         self._planned: dict[str, float] = {}  # USD by backend, of the last plan
 
     # -- before an attempt -----------------------------------------------------------------------
@@ -287,9 +114,9 @@ class Budgets:
         limits = [each for each in (exchange.max_price, self._max_price) if each is not None]
         if not limits:
             return inf
-        return max(min(limits) - sum([each.usd for each in exchange.attempts]), 0.0) + _HAIR
+        return max(min(limits) - sum([each.usd for each in exchange.attempts]), 0.0) + HAIR
 
-    def _rooms(self, exchange: Exchange, now: float) -> list[tuple[_Budget, float]]:
+    def _rooms(self, exchange: Exchange, now: float) -> list[tuple[Budget, float]]:
         """USD that each budget has left for the next attempt of an exchange."""
         self._look(now)
         unix, tenant = self._unix(), exchange.tenant
@@ -302,7 +129,7 @@ class Budgets:
             # Whether to try again is asked when an attempt has ended, but still holds its estimate.
             if own is not None and own.number < len(ended) and account in own.accounts:
                 room += own.usd - ended[own.number].usd
-            rooms.append((budget, max(room, 0.0) + _HAIR))
+            rooms.append((budget, max(room, 0.0) + HAIR))
         return rooms
 
     def _look(self, now: float) -> None:
@@ -334,7 +161,7 @@ class Budgets:
         what = "X-Beacon-Max-Price" if named else "limits.max_price_per_request"
         return Limited(f"no backend is expected to answer within {what}", retry_after=_UNCHANGING)
 
-    def _note_refusal(self, budget: _Budget, tenant: str | None, unix: float) -> None:
+    def _note_refusal(self, budget: Budget, tenant: str | None, unix: float) -> None:
         account = budget.account(tenant)
         account.refuses = True
         if budget.told:
@@ -361,7 +188,7 @@ class Budgets:
         if not covering or not (usd or price):
             return NO_SLOT
         accounts = tuple([budget.account(exchange.tenant) for budget in covering])
-        hold = _Hold(self._running, exchange, accounts)
+        hold = Hold(self._running, exchange, accounts)
         hold.take(usd, price, self._clock())
         return hold
 

@@ -1,0 +1,186 @@
+"""One budget: its window, its accounts, and what the attempts that run hold of them.
+
+A window is one of the calendar, in UTC. An account is what is counted in: one of the whole budget,
+or one a tenant. See `budgets` for the rules.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Protocol
+
+from ..contracts import Backend, Exchange
+
+HAIR = 1e-12  # USD that a sum of floats may be off by
+_LENGTHS = {"minute": 60.0, "hour": 3600.0, "day": 86_400.0}  # s
+_TENANTS = 10_000  # that have an account of their own, a budget; clients make them up
+_OTHERS = "*"  # the account of all further ones; no tenant is called so
+_SOON = 5.0  # s, to who finds no room only for what runs
+
+
+class Terms(Protocol):
+    """A budget as configured."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def scope(self) -> str:
+        """`all`, `tenant`, or `pool:`, `provider:`, `backend:` or `region:` and a name."""
+        ...
+
+    @property
+    def per(self) -> str:
+        """`minute`, `hour`, `day` or `month`."""
+        ...
+
+    @property
+    def usd(self) -> float: ...
+
+
+class Past(Protocol):
+    """What was spent before this process began, summed up in any way that keeps these apart."""
+
+    @property
+    def pool(self) -> str: ...
+
+    @property
+    def provider(self) -> str: ...
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def region(self) -> str: ...
+
+    @property
+    def tenant(self) -> str | None: ...
+
+    @property
+    def usd(self) -> float: ...
+
+
+def window(per: str, unix: float) -> tuple[float, float]:
+    """The calendar window in UTC that `unix` (s) lies in: its start and its end, unix s."""
+    if per == "month":
+        start = datetime.fromtimestamp(unix, UTC).replace(
+            day=1, hour=0, minute=0, second=0, microsecond=0
+        )
+        end = (start + timedelta(days=32)).replace(day=1)
+        return start.timestamp(), end.timestamp()
+    length = _LENGTHS[per]
+    begun = unix // length * length
+    return begun, begun + length
+
+
+class Account:
+    """USD spent in a window and held for what runs."""
+
+    __slots__ = ("held", "refuses", "running", "spent")
+
+    def __init__(self) -> None:
+        self.spent = self.held = 0.0
+        self.running = 0  # attempts that hold some of it
+        self.refuses = False  # somebody was turned away, and nobody was let in since
+
+    def give_back(self, usd: float) -> None:
+        self.running -= 1
+        self.held = self.held - usd if self.running else 0.0  # a sum of floats must not drift
+
+
+_UNTOUCHED = Account()
+
+
+class Budget:
+    """One budget and its accounts, in the window that is now.
+
+    Attributes:
+        begun, ends: of the window, unix s.
+        told: somebody was turned away in it.
+    """
+
+    def __init__(self, terms: Terms, unix: float) -> None:
+        self.name, self.scope, self.per, self.usd = terms.name, terms.scope, terms.per, terms.usd
+        self._kind, _, self._of = terms.scope.partition(":")
+        self.each_tenant = self._kind == "tenant"
+        # The field of a backend that it goes by; "": any backend.
+        self._field = "name" if self._kind == "backend" else self._kind if self._of else ""
+        self._accounts: dict[str, Account] = {}
+        self.begun, self.ends = window(self.per, unix)
+        self.told = False
+
+    def covers(self, backend: Backend) -> bool:
+        return not self._field or getattr(backend, self._field) == self._of
+
+    def covers_past(self, past: Past) -> bool:
+        return not self._field or getattr(past, self._kind) == self._of
+
+    def roll(self, unix: float) -> None:
+        """Begin anew if the window is over. A clock that is set back a little begins nothing."""
+        if 2 * self.begun - self.ends <= unix < self.ends:
+            return
+        self.begun, self.ends = window(self.per, unix)
+        self.told = False
+        self._accounts = {key: each for key, each in self._accounts.items() if each.running}
+        for account in self._accounts.values():
+            account.spent, account.refuses = 0.0, False
+
+    def _key(self, tenant: str | None) -> str:
+        key = (tenant or "") if self.each_tenant else ""
+        return _OTHERS if len(self._accounts) >= _TENANTS and key not in self._accounts else key
+
+    def look(self, tenant: str | None) -> Account:
+        """The account as it stands, to be read only."""
+        return self._accounts.get(self._key(tenant), _UNTOUCHED)
+
+    def account(self, tenant: str | None) -> Account:
+        return self._accounts.setdefault(self._key(tenant), Account())
+
+    def fullest(self) -> Account:
+        """The account of which most is used; to be read only."""
+        each = self._accounts.values()
+        return max(each, key=lambda account: account.spent + account.held, default=_UNTOUCHED)
+
+    def wait(self, tenant: str | None, usd: float, unix: float) -> float:
+        """Seconds until there may be room for `usd`."""
+        left = self.ends - unix
+        # Where it is only for what runs, that ends before the window does, as a rule.
+        return left if self.look(tenant).spent + usd > self.usd + HAIR else min(left, _SOON)
+
+
+class Hold:
+    """What one running attempt holds; a second release changes nothing."""
+
+    __slots__ = ("_key", "_running", "accounts", "number", "price", "started", "usd")
+
+    def __init__(
+        self, running: dict[int, Hold], exchange: Exchange, accounts: tuple[Account, ...]
+    ) -> None:
+        self.accounts = accounts
+        self.number = len(exchange.attempts)  # its place among them, once it has ended
+        self.usd = self.price = self.started = 0.0
+        self._running, self._key = running, id(exchange)
+        running[self._key] = self
+
+    def take(self, usd: float, price: float, now: float) -> None:
+        """Hold the estimate of an attempt that begins now (monotonic s), at `price` a second."""
+        self.usd, self.price, self.started = usd, price, now
+        for account in self.accounts:
+            account.held += usd
+            account.running += 1
+            account.refuses = False
+
+    def look(self, now: float) -> None:
+        """Hold what it has cost so far, where that is more."""
+        more = (now - self.started) * self.price - self.usd
+        if more > 0:
+            self.usd += more
+            for account in self.accounts:
+                account.held += more
+
+    def release(self) -> None:
+        accounts, self.accounts = self.accounts, ()
+        if accounts:
+            del self._running[self._key]
+        for account in accounts:
+            account.give_back(self.usd)
