@@ -62,8 +62,7 @@ class Contender:
 class Beacon(Contender):
     name = "beacon-proxy"
     note = (
-        "default but for max_in_flight and models, five backends in two regions, log, metrics and"
-        " ledger on"
+        "default but for max_in_flight and models, five backends in two regions, log and metrics on"
     )
 
     def version(self) -> str:
