@@ -45,8 +45,8 @@ def _draw(trace: Trace, runs: Mapping[str, Figures]) -> int:
         outages[when] = f"{' and '.join(sorted(providers))} down"
     drawn = {
         "runs": {
-            name: [[s.at, s.baseline or 0.0, s.price or 0.0, s.shed] for s in each.slices]
-            for name, each in runs.items()
+            name: [[s.at, s.baseline, s.price, s.shed] for s in runs[name].slices]
+            for name in report.DRAWN
         },
         "spikes": trace.spikes,
         "outages": [[*when, what] for when, what in outages.items()],

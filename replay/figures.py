@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,16 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class Alert:
+    """What the operator was told."""
+
+    begins: float  # s from the start
+    ends: float | None  # None: it lasted to the end
+    rule: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """What one run says."""
 
@@ -48,6 +58,8 @@ class Figures:
     spent: Spent
     workers_usd: float  # what the burst pool's workers cost by the second that they were up
     burst_usd: float  # and what was recorded for it
+    dearest_hour: float  # the most of that in one hour, USD
+    alerts: tuple[Alert, ...]
     slices: tuple[Slice, ...]
 
 
@@ -66,6 +78,7 @@ def figures(trace: Trace, records: Mapping[str, Any]) -> Figures:
     ]
     queued = [line["queued_s"] for line in records["exchanges"] if line["queued_s"] > 0]
     slices = _slices(trace, records, served)
+    hours = burst_hours(records)
     return Figures(
         ends=Counter(map(_end, records["clients"])),
         shed=Counter(
@@ -86,8 +99,40 @@ def figures(trace: Trace, records: Mapping[str, Any]) -> Figures:
         dearest=max(each.price for each in slices if each.price is not None),
         spent=spent(requests, visits, prices, pools, SHARE),
         workers_usd=sum(row["worker_seconds"] * row["price"] for row in in_burst),
-        burst_usd=sum(a["usd"] for a in attempts if pools[a["backend"]] == "burst"),
+        burst_usd=sum(hours),
+        dearest_hour=max(hours),
+        alerts=_alerts(records["events"], start),
         slices=slices,
+    )
+
+
+def burst_hours(records: Mapping[str, Any]) -> list[float]:
+    """USD of the burst pool's attempts that ended in each hour; an hour begins with the run."""
+    pools = {row["name"]: row["pool"] for row in records["backends"]}
+    hours: dict[int, float] = defaultdict(float)
+    for attempt in records["attempts"]:
+        if pools[attempt["backend"]] == "burst":
+            end = attempt["started"] + attempt["duration"] - records["start"]
+            hours[int(end // 3600)] += attempt["usd"]
+    return [hours[number] for number in range(max(hours) + 1)]
+
+
+def _alerts(events: Iterable[Mapping[str, Any]], start: float) -> tuple[Alert, ...]:
+    begun: list[Mapping[str, Any]] = []
+    ends: dict[tuple[str, str, str], float] = {}
+    for event in events:
+        if event["event"] == "alert.began":
+            begun.append(event)
+        elif event["event"] == "alert.ended":
+            ends[event["rule"], event["subject"], event["since"]] = event["at"] - start
+    return tuple(
+        Alert(
+            begins=event["at"] - start,
+            ends=ends.get((event["rule"], event["subject"], event["since"])),
+            rule=event["rule"],
+            text=event["text"],
+        )
+        for event in begun
     )
 
 

@@ -3,12 +3,14 @@
     python plot.py replay.png < drawn.json
 
 `drawn.json`: {"runs": {name: [[s, share, price, shed], …]}, "spikes": [[from, to], …], "outages":
-[[from, to, what], …], "share": 0..1, "bound": USD per second, "width": s of a slice}.
+[[from, to, what], …], "share": 0..1, "bound": USD per second, "width": s of a slice}. A share or a
+price that is null is none: nobody was served.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 
 import matplotlib
@@ -19,6 +21,10 @@ from matplotlib import pyplot
 COLORS = ("#2c6fbb", "#c0392b", "#3a9a5b")
 
 
+def _times(factor: float, value: float | None) -> float:
+    return math.nan if value is None else factor * value
+
+
 def main() -> None:
     drawn = json.load(sys.stdin)
     figure, panels = pyplot.subplots(
@@ -27,11 +33,11 @@ def main() -> None:
     share, price, shed = panels
     width = drawn["width"] / 60 / (len(drawn["runs"]) + 1)
     for number, (name, slices) in enumerate(drawn["runs"].items()):
-        color, label = COLORS[number % len(COLORS)], name.replace("_", "_\u200b")
+        color, label = COLORS[number % len(COLORS)], name
         at, shares, prices, lost = zip(*slices, strict=True)
         minutes = [each / 60 for each in at]
-        share.plot(minutes, [100 * each for each in shares], color=color, label=label)
-        price.plot(minutes, [1e6 * each for each in prices], color=color, label=label)
+        share.plot(minutes, [_times(100, each) for each in shares], color=color, label=label)
+        price.plot(minutes, [_times(1e6, each) for each in prices], color=color, label=label)
         shift = (number - (len(drawn["runs"]) - 1) / 2) * width
         shed.bar([each + shift for each in minutes], lost, width, color=color, label=label)
     share.axhline(100 * drawn["share"], color="black", linewidth=0.8, linestyle=":")

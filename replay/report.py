@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from .figures import SHARE, SLICE, WINDOW, Figures, calm
+from .figures import SHARE, SLICE, WINDOW, Alert, Figures, calm
 from .optimum import Spent
 from .trace import SPIKE, TIMES, Trace
 from .world import FAMILIES, OUTAGES, SITES
@@ -14,10 +15,15 @@ from .world import FAMILIES, OUTAGES, SITES
 FILE = Path(__file__).parent.parent / "docs" / "replay.md"
 PLOT = "replay.png"
 BOUND = 0.00016  # USD per second
-RUNS: Mapping[str, Mapping[str, Mapping[str, float]]] = {
+BUDGET = 1.2  # USD
+# What each run has beside the default configuration; as `runs.records` takes it.
+RUNS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
-    f"max_blended_price: {BOUND:.5f}": {"cost": {"max_blended_price": BOUND}},
+    "bound": {"middleware": {"cost": {"max_blended_price": BOUND}}},
+    "adaptive": {"middleware": {"capacity": {"adaptive": {"enabled": True}}}},
+    "budget": {"budgets": [{"name": "burst", "scope": "pool:burst", "per": "hour", "usd": BUDGET}]},
 }
+DRAWN = ("default", "bound")
 
 _MONEY = {
     "optimum": "the optimum at the target share",
@@ -41,9 +47,12 @@ def render(trace: Trace, runs: Mapping[str, Figures]) -> str:
     hours = trace.span / 3600
     parts = [
         _INTRODUCTION.format(count=f"{len(trace.requests):,}", hours=f"{hours:g}"),
+        _settings(),
         _table("", runs, _rows(runs)),
         _OPTIMUM.format(share=f"{SHARE:.0%}"),
         _table("USD", runs, _money(runs)),
+        _TOLD,
+        _alerts(runs["default"].alerts),
         _WORLD.format(spikes=len(trace.spikes), times=f"{TIMES:g}", spike=f"{SPIKE:g}"),
         _sites(),
         _OUTAGES.format(calm=", ".join(f"{a:.0f} to {b:.0f} s" for a, b in calm(trace))),
@@ -79,7 +88,8 @@ def _rows(runs: Mapping[str, Figures]) -> list[Sequence[str]]:
         row("attempts", lambda f: f"{f.attempts:,}"),
         row("workers started", lambda f: f"{f.starts:,}"),
         row("burst pool: recorded, USD", lambda f: f"{f.burst_usd:.3f}"),
-        row("burst pool: its workers by the second they were up", lambda f: f"{f.workers_usd:.3f}"),
+        row("… in its dearest hour", lambda f: f"{f.dearest_hour:.3f}"),
+        row("… its workers, by the second they were up", lambda f: f"{f.workers_usd:.3f}"),
     ]
 
 
@@ -88,6 +98,34 @@ def _money(runs: Mapping[str, Figures]) -> list[Sequence[str]]:
         (_MONEY[line.name], *(f"{getattr(f.spent, line.name):.3f}" for f in runs.values()))
         for line in fields(Spent)
     ]
+
+
+def _settings() -> str:
+    rows = ["| run | beside the defaults |", "|---|---|"]
+    for name, options in RUNS.items():
+        said = {**options.get("middleware", {}), **options}
+        said.pop("middleware", None)
+        rows.append(_line((name, f"`{_flow(said)[1:-1]}`" if said else "nothing")))
+    return "\n".join(rows) + "\n"
+
+
+def _flow(value: Any) -> str:
+    """As YAML writes it on one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_flow(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:f}".rstrip("0") if isinstance(value, float) else str(value)
+
+
+def _alerts(alerts: Sequence[Alert]) -> str:
+    rows = ["| from | to | rule | what the log says |", "|---|---|---|---|"]
+    for alert in alerts:
+        end = "the end" if alert.ends is None else f"{alert.ends:.0f} s"
+        rows.append(_line((f"{alert.begins:.0f} s", end, alert.rule, alert.text)))
+    return "\n".join(rows) + "\n"
 
 
 def _sites() -> str:
@@ -120,7 +158,7 @@ def _outages(trace: Trace) -> str:
 
 
 def _table(corner: str, runs: Mapping[str, Figures], rows: Sequence[Sequence[str]]) -> str:
-    lines = [_line((corner, *(f"`{name}`" if ":" in name else name for name in runs)))]
+    lines = [_line((corner, *runs))]
     lines.append("|---|" + "---:|" * len(runs))
     return "\n".join([*lines, *map(_line, rows)]) + "\n"
 
@@ -142,7 +180,7 @@ _INTRODUCTION = """\
 
 `make replay` runs the whole proxy on a simulated clock: {count} requests in {hours} simulated
 hours, through its real server, loop, middlewares and providers, to simulated backends. It takes
-half a minute, and the same seed gives the same figures to the last digit. This file is made by
+a minute, and the same seed gives the same figures to the last digit. This file is made by
 it; a test makes it again and compares.
 
 The requests are synthetic (`replay/trace.py`): a wave like a day's, a load that switches between
@@ -158,9 +196,9 @@ _OPTIMUM = """\
 The share is of the exchanges that the blend decides; those with `X-Beacon-Cost-Priority` go where
 they want. *In calm* is outside of spikes and outages and the two minutes after each, when both
 pools have room. *Realised price* is all that was paid by all seconds that were billed, cold
-starts and failed attempts included. The last two rows differ because a provider bills a worker
-while it is up, and the proxy sees its requests: two at a time on one worker count twice, an idle
-worker counts nothing.
+starts and failed attempts included. What the burst pool's workers cost is another sum, for a
+provider bills a worker while it is up, and the proxy sees its requests: two at a time on one
+worker count twice, an idle worker counts nothing.
 
 ## What was spent, against a computed optimum
 
@@ -171,6 +209,11 @@ can cost less. It knows no starts, faults, waits or limits of room, so it is a b
 not a goal that anybody could reach: it sends the short requests to the dear pool, and nobody
 knows beforehand which they are. Who chooses without looking pays the first two lines together on
 average. The other lines say where the rest went.
+"""
+_TOLD = """\
+## What the operator was told
+
+The alerts of the default run, by the default rules.
 """
 _WORLD = """\
 ## The backends

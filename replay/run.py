@@ -29,7 +29,7 @@ _REST = 10.0  # s for what still runs once the last client has gone
 
 
 def run(clock: Clock, count: int, seed: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Replay `count` requests; `options` are those of the middlewares, by name."""
+    """Replay `count` requests; `options` as of `runs.records`."""
     loop = Loop(clock)
     try:
         return loop.run_until_complete(_run(loop, clock, generate(count, seed), seed, options))
@@ -44,14 +44,17 @@ async def _run(
     places: dict[str, Place] = {}
     middleware = {n: getattr(import_module(f"middleware.{n}"), n.title()) for n in MIDDLEWARE}
     plugins = Plugins(families(places, requests), middleware | {"witness": Witness})
+    options = dict(options)
+    chosen = options.pop("middleware", {})
     document = {
         "server": {"host": "127.0.0.1", "port": 0, "region": "us-east"},
         "backends": [_row(site.name) for site in SITES],
-        "middleware": [*({name: options.get(name, {})} for name in MIDDLEWARE), "witness"],
+        "middleware": [*({name: chosen.get(name, {})} for name in MIDDLEWARE), "witness"],
         "ledger": {"path": ""},  # a thread, which knows of no simulated clock
+        **options,
     }
     settings = _settings(document, plugins)
-    log = Log()
+    log = Log(clock)
     Witness.seen.clear()
     app = App(settings, plugins, env={}, log=log.logger())
     prices = {backend.name: backend.price_per_second for backend in app.backends}
@@ -142,15 +145,21 @@ class Witness:
 
 
 class Log:
-    """A structlog processor that keeps the canonical lines, and the events beside them."""
+    """A structlog processor that keeps the canonical lines, and the events beside them.
 
-    def __init__(self) -> None:
+    Each event gets the time (monotonic s) as `at`.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self.exchanges: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
 
     def __call__(self, logger: Any, level: str, event: MutableMapping[str, Any]) -> Any:
-        kept = self.exchanges if event["event"] == "exchange.done" else self.events
-        kept.append(dict(event))
+        if event["event"] == "exchange.done":
+            self.exchanges.append(dict(event))
+        else:
+            self.events.append({**event, "at": self._clock.now})
         raise structlog.DropEvent
 
     def logger(self) -> Any:

@@ -95,7 +95,7 @@ def _request(name: str, at: float, rng: random.Random) -> Request:
         required=region is not None and rng.random() < 0.05,
         cheap=rng.choices((None, True, False), (96, 2, 2))[0],
         timeout=rng.choices((None, 30.0, 60.0), (80, 10, 10))[0],
-        patience=round(min(max(rng.lognormvariate(math.log(60), 0.6), 10.0), 300.0), 3),
+        patience=round(min(max(rng.lognormvariate(math.log(60), 0.6), 12.0), 300.0), 3),
         leaves=round(rng.uniform(0.5, 4.0), 3) if rng.random() < 0.02 else None,
         effort=round(rng.lognormvariate(0.0, 0.15), 3),
     )

@@ -324,7 +324,7 @@ class Place:
         return {"jobs": {"inQueue": 0, "inProgress": len(self._present)}, "workers": counts}
 
 
-_PIECES = 6  # of a stream; each stands for a sixth of the tokens
+_PIECES = 3  # of a stream; each stands for a third of the tokens
 _JSON = b"application/json"
 _EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"words "}}]}\n\n'
 _LAST_EVENT = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'

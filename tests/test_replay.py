@@ -19,7 +19,7 @@ import pytest
 import beacon_proxy  # noqa: F401 - what `install` refuses to come after
 from replay import report
 from replay.clock import START, Clock, Loop, install
-from replay.figures import SHARE, Figures, calm, figures
+from replay.figures import SHARE, Figures, burst_hours, calm, figures
 from replay.optimum import average, optimum
 from replay.runs import COUNT, SEED, records
 from replay.trace import SPIKE, Trace, generate
@@ -244,6 +244,31 @@ def test_blend_when_both_pools_have_room_is_within_a_point_over_any_thousand(
 ) -> None:
     least, most = found["default"].calm
     assert 1 - SHARE - 0.01 <= least <= most <= 1 - SHARE + 0.01
+
+
+def test_bound_holds_the_average_price_of_the_whole(found: Mapping[str, Figures]) -> None:
+    assert found["bound"].price <= report.BOUND
+
+
+def test_adaptive_gate_finds_out_who_takes_less_than_was_said(found: Mapping[str, Figures]) -> None:
+    busy = {name: each.shed.get("429 busy", 0) for name, each in found.items()}
+    assert busy["adaptive"] <= busy["default"] / 10
+
+
+def test_budget_is_passed_by_no_more_than_an_estimate_each(
+    runs: Mapping[str, Any], found: Mapping[str, Figures]
+) -> None:
+    run = runs["budget"]
+    pools = {row["name"]: row["pool"] for row in run["backends"]}
+    burst = [attempt for attempt in run["attempts"] if pools[attempt["backend"]] == "burst"]
+    hours = burst_hours(run)
+    assert max(hours) > report.BUDGET * 0.95  # else nothing was held back
+    assert found["default"].dearest_hour > 2 * report.BUDGET
+    for hour, usd in enumerate(hours):
+        begin, end = run["start"] + 3600 * hour, run["start"] + 3600 * (hour + 1)
+        last = max((a["started"] for a in burst if begin <= a["started"] < end), default=end)
+        held = [a for a in burst if a["started"] <= last < a["started"] + a["duration"]]
+        assert usd <= report.BUDGET + sum(a["expected_usd"] for a in held)
 
 
 def test_money_is_all_accounted_for_and_no_less_than_the_optimum(
