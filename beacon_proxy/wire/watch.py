@@ -38,6 +38,12 @@ class Sign(StrEnum):
     ERROR = "error"
 
 
+# Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
+_QUIET, _CONTENT, _LAST, _END, _ERROR = Sign
+_CHAT, _RESPONSES = Shape.CHAT, Shape.RESPONSES
+_MESSAGES, _OLLAMA = Shape.MESSAGES, Shape.OLLAMA
+
+
 def _filled(value: Any) -> bool:
     """Whether any leaf under `value` holds something to show, the role aside."""
     if isinstance(value, dict):
@@ -48,15 +54,15 @@ def _filled(value: Any) -> bool:
 def _read_chat(event: dict[str, Any]) -> Sign:
     choices = event.get("choices")
     if not isinstance(choices, list):
-        return Sign.NOTHING if "usage" in event else Sign.CONTENT
-    sign = Sign.NOTHING
+        return _QUIET if "usage" in event else _CONTENT
+    sign = _QUIET
     for choice in choices:
         if not isinstance(choice, dict):
-            return Sign.CONTENT
+            return _CONTENT
         if choice.get("finish_reason"):
-            return Sign.LAST
+            return _LAST
         if _filled(choice.get("delta")) or choice.get("text"):
-            sign = Sign.CONTENT
+            sign = _CONTENT
     return sign
 
 
@@ -66,10 +72,10 @@ _RESPONSES_NOTHING = {"created", "queued", "in_progress", "output_item.added", "
 def _read_responses(event: dict[str, Any]) -> Sign:
     kind = str(event.get("type", "")).removeprefix("response.")
     if kind in ("error", "failed"):
-        return Sign.ERROR
+        return _ERROR
     if kind in ("completed", "incomplete"):
-        return Sign.LAST
-    return Sign.NOTHING if kind in _RESPONSES_NOTHING else Sign.CONTENT
+        return _LAST
+    return _QUIET if kind in _RESPONSES_NOTHING else _CONTENT
 
 
 _MESSAGES_NOTHING = {"message_start", "ping", "content_block_start", "message_delta"}
@@ -78,34 +84,34 @@ _MESSAGES_NOTHING = {"message_start", "ping", "content_block_start", "message_de
 def _read_messages(event: dict[str, Any]) -> Sign:
     kind = event.get("type")
     if kind == "error":
-        return Sign.ERROR
+        return _ERROR
     if kind == "message_stop":
-        return Sign.LAST
-    return Sign.NOTHING if kind in _MESSAGES_NOTHING else Sign.CONTENT
+        return _LAST
+    return _QUIET if kind in _MESSAGES_NOTHING else _CONTENT
 
 
 def _read_ollama(event: dict[str, Any]) -> Sign:
     if event.get("done") is True:
-        return Sign.LAST
+        return _LAST
     if "message" not in event and "response" not in event:
-        return Sign.CONTENT
+        return _CONTENT
     filled = _filled(event.get("message")) or event.get("response") or event.get("thinking")
-    return Sign.CONTENT if filled else Sign.NOTHING
+    return _CONTENT if filled else _QUIET
 
 
 _READERS = {
-    Shape.CHAT: _read_chat,
-    Shape.RESPONSES: _read_responses,
-    Shape.MESSAGES: _read_messages,
-    Shape.OLLAMA: _read_ollama,
+    _CHAT: _read_chat,
+    _RESPONSES: _read_responses,
+    _MESSAGES: _read_messages,
+    _OLLAMA: _read_ollama,
 }
 _DONE = b"[DONE]"
 # A line that holds none of the four says nothing but content; one that does is parsed.
 _HINTS = {
-    Shape.CHAT: (b'"finish_reason":"', b'"finish_reason": "', b"[DONE]", b'"error"'),
-    Shape.RESPONSES: (b".completed", b".incomplete", b".failed", b'"error"'),
-    Shape.MESSAGES: (b'"message_stop"', b'"error"', b'"message_delta"', b'"message_delta"'),
-    Shape.OLLAMA: (b'"done":true', b'"done": true', b'"error"', b'"error"'),
+    _CHAT: (b'"finish_reason":"', b'"finish_reason": "', b"[DONE]", b'"error"'),
+    _RESPONSES: (b".completed", b".incomplete", b".failed", b'"error"'),
+    _MESSAGES: (b'"message_stop"', b'"error"', b'"message_delta"', b'"message_delta"'),
+    _OLLAMA: (b'"done":true', b'"done": true', b'"error"', b'"error"'),
 }
 # Behind its end only OpenAI's chat says more: other choices, and the counts.
 _AFTER = (b'"usage"', b'"timings"', b'"finish_reason":"', b"[DONE]")
@@ -126,8 +132,8 @@ def _event_in(data: bytes) -> dict[str, Any] | None:
 
 def _sign_of(shape: Shape, event: dict[str, Any]) -> Sign:
     """Classify one event, or one line of NDJSON."""
-    if event.get("error") and (shape is not Shape.MESSAGES or event.get("type") == "error"):
-        return Sign.ERROR
+    if event.get("error") and (shape is not _MESSAGES or event.get("type") == "error"):
+        return _ERROR
     return _READERS[shape](event)
 
 
@@ -170,7 +176,7 @@ class Watch:
         self._idle = 0  # events among them that are known to be no content
         self._named = False  # events have a line with their name
         self._tally: Tally | None = None  # while nothing has been said
-        self._counts_all = shape is not Shape.CHAT  # there only few events say anything
+        self._counts_all = shape is not _CHAT  # there only few events say anything
         self.content = self.ended = self.error = False
         self.error_data = b""
         self.load: float | None = None
@@ -231,7 +237,7 @@ class Watch:
     def _data_of(self, line: bytes) -> bytes:
         """What the line says, where it says something."""
         data = line.strip()
-        if self._shape is Shape.OLLAMA:
+        if self._shape is _OLLAMA:
             return data
         if data.startswith(b"data:"):
             return data[5:].strip()
@@ -245,32 +251,30 @@ class Watch:
         data = self._data_of(line)
         if not data:
             return
-        had_content = self.content
         if data == _DONE:
-            sign = Sign.DONE
+            sign = _END
             if not self.ended:  # nobody said that a choice has finished, nor counted behind that
                 self._look_back(before)
         elif (event := _event_in(data)) is None:
-            sign = Sign.CONTENT  # not ours to judge
+            sign = _CONTENT  # not ours to judge
         else:
             sign = _sign_of(self._shape, event)
             counts = "usage" in event or "timings" in event
             if counts or self._counts_all:
-                if sign is Sign.LAST and not (counts or self.ended):
+                if sign is _LAST and not (counts or self.ended):
                     self._look_back(before)
                 self._count(event, sign)
-        self._idle += had_content and sign is not Sign.CONTENT
-        if self.ended:
+        if sign is _CONTENT:
+            self.content = self.content or not self.ended
             return
-        if sign is Sign.ERROR:
+        self._idle += self.content
+        if sign is _QUIET or self.ended:
+            return
+        if sign is _ERROR:
             self.error = True
             self.error_data = data[:4096]
-            self._end()
-        elif sign is Sign.LAST or sign is Sign.DONE:
-            self._end()
-            self.content = self.content or sign is Sign.LAST
-        elif sign is Sign.CONTENT:
-            self.content = True
+        self.content = self.content or sign is _LAST
+        self._end()
 
     def _count(self, event: dict[str, Any], sign: Sign) -> None:
         """Take the counts of tokens from an event."""
@@ -278,14 +282,14 @@ class Watch:
         if tally is None:
             tally = self._tally = Tally()
             self._counts_all = True
-        tally.finished = tally.finished or sign is Sign.LAST
+        tally.finished = tally.finished or sign is _LAST
         tally.read(self._shape, event)
-        if sign is Sign.LAST and self._shape is Shape.OLLAMA:
+        if sign is _LAST and self._shape is _OLLAMA:
             self.load = load_of(event)
 
     def _end(self) -> None:
         self.ended = True
-        if self._shape is Shape.CHAT:
+        if self._shape is _CHAT:
             self._hints = _AFTER
 
     def _read_long(self, line: bytes) -> None:
@@ -293,11 +297,11 @@ class Watch:
         ends, self._long = self._long, None
         assert ends is not None
         ends.feed(line[_LONGEST:].rstrip())
-        responses = self._shape is Shape.RESPONSES
+        responses = self._shape is _RESPONSES
         event = ends.document(b"response" if responses else b"")
-        self._count(event, Sign.LAST)
+        self._count(event, _LAST)
         self.ended = self.ended or any(hint in line for hint in _HINTS[self._shape])
-        after = self.ended and self._shape is Shape.CHAT
+        after = self.ended and self._shape is _CHAT
         self._hints = _AFTER if after else _HINTS[self._shape]
 
     def _look_back(self, before: bytes = b"") -> None:
@@ -305,14 +309,14 @@ class Watch:
         `continuous_usage_stats`): it was not parsed as it passed, and those that were are out of
         date. `before`: its line; else it is among the last that were kept.
         """
-        if self._shape is not Shape.CHAT:
+        if self._shape is not _CHAT:
             return
         earlier, self._tally = self._tally, None
         for line in (before, *reversed(self._last.split(b"\n"))):
             if data := self._data_of(line):
                 event = _event_in(data)
                 if event is not None and ("usage" in event or "timings" in event):
-                    self._count(event, Sign.CONTENT)
+                    self._count(event, _CONTENT)
                 break
         if self._tally is None and earlier is not None:
             earlier.told = earlier.told[0], None
@@ -321,7 +325,7 @@ class Watch:
     @property
     def fresh(self) -> bool:
         """Whether the stream stands at an event boundary."""
-        if self._shape is Shape.OLLAMA:
+        if self._shape is _OLLAMA:
             return not self._rest
         end = self._last[-4:] + self._rest[-4:]
         return not end or end.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
@@ -332,7 +336,7 @@ class Watch:
 
         A reader drops an event that its blank line does not end, and with it the marker.
         """
-        ollama = self._shape is Shape.OLLAMA
+        ollama = self._shape is _OLLAMA
         if (rest := self._rest) and not self.ended and (ollama or rest.strip().endswith(_DONE)):
             self._read_line(rest, b"")
             return self.ended
@@ -353,5 +357,5 @@ class Watch:
         """How many events with content have passed, or so: comments and pings count, too."""
         if not self.content:
             return 0
-        lines, blank = (1, 0) if self._shape is Shape.OLLAMA else (3 if self._named else 2, 1)
+        lines, blank = (1, 0) if self._shape is _OLLAMA else (3 if self._named else 2, 1)
         return max(1, 1 + (self._lines - blank + lines // 2) // lines - self._idle)
