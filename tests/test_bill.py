@@ -442,6 +442,7 @@ async def test_seconds_when_the_idle_connection_was_stale_are_paid_once() -> Non
             if conn is not asked[0]:
                 await asyncio.sleep(0.03)
             elif len(asked) > 1:
+                await asyncio.sleep(0.05)
                 conn.close()
                 return
             await conn.send(json_bytes(GOOD))
@@ -458,7 +459,7 @@ async def test_seconds_when_the_idle_connection_was_stale_are_paid_once() -> Non
             assert (await client.ask(chat())).status == 200
         await p.exchanges(2)
     assert [each.number for each in outcomes] == [1, 1]
-    assert 0.03 <= outcomes[1].billed <= outcomes[1].duration
+    assert 0.08 <= outcomes[1].billed <= outcomes[1].duration, "what it did before it closed, too"
 
 
 async def test_seconds_when_one_fails_and_another_answers_are_paid_at_both() -> None:

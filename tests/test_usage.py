@@ -542,5 +542,8 @@ def test_guess_of_a_prompt_when_it_holds_pictures_counts_them_as_such() -> None:
     picture = b'{"url":"data:image/png;base64,' + b"A" * 1_000_000 + b'"},'
     assert text_size(b"x" * 4000) == 4000
     assert 8000 <= text_size(picture * 2) <= 8200
+    small = b'";base64,' + b"A" * 4991
+    size = text_size(small * 1500)
+    assert 6_490_000 < size < 6_510_000, "1000 are looked for: more would hold up the loop"
     assert guess_input(4001) == 1001
     assert guess_input(1 << 30) == 131_072

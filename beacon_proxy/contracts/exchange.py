@@ -26,9 +26,9 @@ def _fact(cls: type[_T]) -> type[_T]:
 class Usage:
     """Tokens, as the backend itself counted them where it does."""
 
-    input: int = 0
+    input: int = 0  # all of the prompt, from a cache or not
     output: int = 0
-    estimated: bool = False  # counted from the events that passed: the backend did not say
+    estimated: bool = False  # one of them was not told: counted from what passed
 
 
 @_fact

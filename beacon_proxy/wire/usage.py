@@ -219,18 +219,21 @@ _BYTES_A_TOKEN = 4  # of English text, by OpenAI's rule of thumb
 # gzip of a stream that is flushed at each event: measured, llama.cpp's chunks of one token.
 _CODED_BYTES_AN_EVENT = 13
 _MEDIA = 1000  # tokens of one picture, about
+_MEDIA_MOST = 1000  # that are looked for in one body
 _GUESS_MOST = 131_072  # tokens of a prompt
 LARGE = 64 << 10  # bytes of a body from which on it is looked at for pictures
 
 
 def text_size(body: bytes) -> int:
     """The size of a large body, its pictures and sounds (data URLs) counted as what they cost."""
-    size, at = len(body), body.find(b";base64,")
-    while at >= 0:
+    size, end = len(body), 0
+    for _ in range(_MEDIA_MOST):
+        at = body.find(b";base64,", end)
+        if at < 0:
+            break
         end = body.find(b'"', at)
         end = len(body) if end < 0 else end
         size += min(0, at - end + _MEDIA * _BYTES_A_TOKEN)
-        at = body.find(b";base64,", end)
     return size
 
 
