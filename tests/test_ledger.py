@@ -29,9 +29,10 @@ from beacon_proxy.contracts import (
     Usage,
     Verdict,
 )
-from beacon_proxy.ledger import Ledger
+from beacon_proxy.ledger import Ledger, LedgerError
 from beacon_proxy.ledger import store as store_module
 from beacon_proxy.ledger.schema import STEPS
+from beacon_proxy.ledger.store import Store
 
 from .kit import eventually
 
@@ -688,6 +689,30 @@ async def test_two_ledgers_on_one_file_both_write_and_neither_harms_it(tmp_path:
     assert len(names) == len(set(names)) == 800
     assert (one.events, two.events) == ([], [])
     assert whole(path)
+
+
+def test_ledgers_that_begin_a_file_at_the_same_time_all_get_it(tmp_path: Path) -> None:
+    """One saw no mark of ours, then a table: it took the file for another program's."""
+    failed: list[LedgerError] = []
+
+    def begin(path: Path, ready: threading.Barrier) -> None:
+        store = Store(path)
+        ready.wait(10)
+        try:
+            store.write([])
+        except LedgerError as error:
+            failed.append(error)
+        finally:
+            store.close()
+
+    for n in range(25):
+        given_to = tmp_path / f"{n}.db", threading.Barrier(3)
+        threads = [threading.Thread(target=begin, args=given_to) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failed == []
 
 
 async def test_log_beside_the_file_does_not_grow_without_bound(tmp_path: Path) -> None:

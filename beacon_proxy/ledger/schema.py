@@ -107,10 +107,17 @@ def check(connection: sqlite3.Connection) -> None:
 
 def _version(connection: sqlite3.Connection, known: int) -> int:
     """How many steps a file has behind it; 0: it is empty."""
-    ((owner,),) = connection.execute("PRAGMA application_id")
-    ((version,),) = connection.execute("PRAGMA user_version")
-    if owner != APPLICATION_ID:
+    own = not connection.in_transaction
+    if own:
+        connection.execute("BEGIN")  # else another process may make the file in between
+    try:
+        ((owner,),) = connection.execute("PRAGMA application_id")
+        ((version,),) = connection.execute("PRAGMA user_version")
         ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master")
+    finally:
+        if own and connection.in_transaction:
+            connection.execute("COMMIT")
+    if owner != APPLICATION_ID:
         if owner or version or tables:
             raise LedgerError("foreign", "it is the database of another program")
         return 0

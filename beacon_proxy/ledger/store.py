@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from time import monotonic, sleep
 
 from .rows import COLUMNS, NULLABLE, RARE, Row, mended
 from .schema import LedgerError, prepare
@@ -106,7 +107,7 @@ class Store:
         connection = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)
         try:
             prepare(connection)  # first: a file that is not ours stays as it is
-            connection.execute("PRAGMA journal_mode = WAL")
+            _use_wal(connection)
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute(f"PRAGMA journal_size_limit = {WAL_KEPT}")
             self._file = _identity(self.path)
@@ -136,6 +137,19 @@ def _insert(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
     _USUAL.run(connection, [row for row in rows if len(row) == usual])
     _RARE.run(connection, [row for row in rows if len(row) != usual])
     connection.execute("COMMIT")
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Switch to the log, for which SQLite does not wait as it does for any other lock."""
+    until = monotonic() + BUSY
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or monotonic() >= until:
+                raise
+        sleep(0.005)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
