@@ -193,16 +193,17 @@ def test_row_when_no_number_of_sqlite_holds_it_is_mended_and_costs_no_other_row(
     site: Site,
 ) -> None:
     """A backend that counts 2**70 tokens must not keep every later row out of the file."""
-    site.attempt()
-    site.attempt(usage=Usage(2**70, 5), usd=math.nan, expected_usd=-math.inf)
+    one = an_exchange(model="m")
+    site.attempt(one)
+    site.attempt(one, usage=Usage(2**70, 5), usd=math.nan, expected_usd=-math.inf)
     site.attempt(an_exchange(model="lone \ud800 surrogate"))
-    site.attempt()
+    site.attempt(one)
     site.ledger.turn()
     assert site.rows("tokens_in", "tokens_out", "usd", "expected_usd", "model") == [
-        (12, 34, 0.00015, 0.0002, None),
-        (2**63 - 1, 5, 0.0, 0.0, None),
+        (12, 34, 0.00015, 0.0002, "m"),
+        (2**63 - 1, 5, 0.0, 0.0, "m"),
         (12, 34, 0.00015, 0.0002, "lone ? surrogate"),
-        (12, 34, 0.00015, 0.0002, None),
+        (12, 34, 0.00015, 0.0002, "m"),
     ]
     assert site.ledger.lost == 0
     assert site.events == []
@@ -334,6 +335,7 @@ class full:
         self._patch.setattr(sqlite3, "connect", bounded)
 
     def __exit__(self, *_: object) -> None:
+        self._site.ledger.close()
         self._patch.undo()
 
 
@@ -477,7 +479,7 @@ ROWS, LOCK, FREE, FILL, EMPTY, TURN = "rows", "lock", "free", "fill", "empty", "
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.lists(st.sampled_from([ROWS, ROWS, TURN, TURN, LOCK, FREE, FILL, EMPTY]), max_size=16))
 def test_rows_whatever_happens_in_between_are_written_once_or_counted(

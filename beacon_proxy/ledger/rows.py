@@ -27,7 +27,9 @@ COLUMNS = (
     *("tokens_in", "tokens_out", "tokens_estimated"),
     *("usd", "expected_usd"),
 )
-RARE = ("trace_id", "tenant", "fault", "cold_start_s")  # at the end of a row that has one of them
+# At the end of a row that has one of them, or lacks one of the others. All else is known of most
+# attempts, and what is known need not be looked at for NULL.
+RARE = ("trace_id", "tenant", "fault", "cold_start_s")
 NULLABLE = frozenset(
     {*RARE, "model", "status", "ttft_s", "tokens_in", "tokens_out", "tokens_estimated"}
 )
@@ -77,10 +79,14 @@ class Rows:
                 outcome.expected_usd,
             )
             if (
-                trace_id is not None
-                or tenant is not None
+                usage is None
+                or ttft is None
+                or status is None
+                or model is None
                 or fault is not None
                 or cold_start is not None
+                or tenant is not None
+                or trace_id is not None
             ):
                 row += (
                     trace_id or "",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -30,8 +30,8 @@ _SIZES = (64, 8, 1)
 class _Insert:
     """The statements for rows of these columns, one for each number of rows at once."""
 
-    def __init__(self, columns: Sequence[str]) -> None:
-        marks = ", ".join("nullif(?, '')" if name in NULLABLE else "?" for name in columns)
+    def __init__(self, columns: Sequence[str], nullable: Container[str] = ()) -> None:
+        marks = ", ".join("nullif(?, '')" if name in nullable else "?" for name in columns)
         into = f"INSERT INTO attempts ({', '.join(columns)}) VALUES"
         self._by_size = [(n, f"{into} {', '.join([f'({marks})'] * n)}") for n in _SIZES]
 
@@ -44,7 +44,7 @@ class _Insert:
                 start += size
 
 
-_USUAL, _RARE = _Insert(COLUMNS), _Insert((*COLUMNS, *RARE))
+_USUAL, _RARE = _Insert(COLUMNS), _Insert((*COLUMNS, *RARE), NULLABLE)
 _TRIM = """
 DELETE FROM attempts WHERE id IN
   (SELECT id FROM attempts WHERE ended_unix < ? ORDER BY ended_unix LIMIT ?)"""
