@@ -1,4 +1,4 @@
-"""What the proxy counts against what a real server says, in every dialect, streamed or not.
+"""What the ledger holds against what a real server says, in every dialect, streamed or not.
 
 llama.cpp says it in three places: in the answer itself, whose bytes the client has; in `/metrics`,
 whose counters grow; and in `timings`. aimock (a server of another's making) speaks Ollama's NDJSON.
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
 
-from .kit import Proxy, RawClient, proxy, request
+from .kit import Proxy, RawClient, eventually, proxy, request
 from .real import MODEL, Child, Spawn, idle, row
 
 pytest_plugins = ["tests.real", "tests.kit_ollama"]
@@ -37,11 +40,33 @@ class Tokens(NamedTuple):
     output: int
 
 
+@pytest.fixture(autouse=True)
+def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each proxy of a test keeps one."""
+    path = tmp_path / "beacon.db"
+    monkeypatch.setitem(PATIENT, "ledger", {"path": str(path), "flush_interval": 0.02})
+    return path
+
+
+_ROW = "SELECT tokens_in, tokens_out, tokens_estimated FROM attempts WHERE exchange_id = ?"
+
+
 async def counted(p: Proxy, exchange: int) -> Tokens:
-    """What the proxy has counted for its n-th exchange, from 1: the one place that says where."""
+    """What the ledger holds for its n-th exchange, from 1; the log says the same."""
     line = (await p.exchanges(exchange))[exchange - 1]
+    rows: list[tuple[int, int, int]] = []
+
+    def written() -> bool:
+        with closing(sqlite3.connect(PATIENT["ledger"]["path"])) as connection:
+            rows[:] = connection.execute(_ROW, (line["id"],)).fetchall()
+        return bool(rows)
+
+    await eventually(written, 10.0)
+    ((tokens_in, tokens_out, estimated),) = rows
+    assert not estimated
     assert "tokens_estimated" not in line
-    return Tokens(line["tokens_in"], line["tokens_out"])
+    assert (line["tokens_in"], line["tokens_out"]) == (tokens_in, tokens_out)
+    return Tokens(tokens_in, tokens_out)
 
 
 async def metrics(child: Child) -> Tokens:
