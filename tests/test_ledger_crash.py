@@ -72,18 +72,20 @@ class Counting:
             self.ended[name.decode()] = tokens
 
 
-def configuration(folder: Path, urls: list[str]) -> None:
+def configuration(folder: Path, urls: list[str], month: float | None = None) -> None:
     price = {"price_per_million_tokens": {"input": INPUT, "output": OUTPUT}}
     rows = [
         {"name": f"b{n}", "provider": "openai", "url": url, "models": ["m"], "max_in_flight": 500}
         | price
         for n, url in enumerate(urls)
     ]
-    document = {
+    document: dict[str, Any] = {
         "server": {"host": "127.0.0.1", "port": 0, "access_log": False},
         "ledger": {"path": "beacon.db", "flush_interval": INTERVAL},
         "backends": rows,
     }
+    if month is not None:
+        document["budgets"] = [{"name": "month", "per": "month", "usd": month}]
     (folder / "beacon.yaml").write_text(json.dumps(document))
 
 
@@ -189,7 +191,7 @@ async def test_killed_in_the_middle_of_200_streams_loses_one_flush_interval_at_m
         record_property("lost", f"{len(lost)} of {len(counted)}, up to {max(ages, default=0):.3f}s")
 
         async with serving(tmp_path) as (process, port), RawClient(port) as client:
-            # What was spent before still counts. A budget does, too: its test goes here.
+            # What was spent before still counts.
             costs = json.loads((await client.ask(request("GET", "/costs?by=pool"))).body)
             assert costs["total_usd"] == pytest.approx(spent, abs=1e-9)
             assert costs["total"]["attempts"] == len(rows)
@@ -200,6 +202,14 @@ async def test_killed_in_the_middle_of_200_streams_loses_one_flush_interval_at_m
             assert await asyncio.wait_for(process.wait(), 30) == 0
         assert rows_of(path).keys() == {*rows, "after"}
         assert not path.with_name("beacon.db-wal").exists(), "it was closed this time"
+
+        spent = sum(usd for _, usd, _ in rows_of(path).values())
+        configuration(tmp_path, [one.url, two.url], month=spent)
+        async with serving(tmp_path) as (process, port), RawClient(port) as client:
+            refused = await client.ask(chat(stream=True))
+            assert refused.status == 429, "the budget still holds"
+            assert "month" in refused.json["error"]["message"]
+            assert len(counting.ended) == len(counted), "nobody was asked"
 
 
 # Writes until it is killed; says after each turn how many rows that makes.
