@@ -115,7 +115,7 @@ def _costs(args: argparse.Namespace) -> int:
     try:
         found = report(path, args.since, args.by, math.inf)  # who waits has Ctrl-C
     except LedgerError as exc:
-        _say(f"costs: {path}: {exc}")
+        _say(f"costs: {Path(path).absolute()}: {exc}")
         return 1
     sys.stdout.write(FORMATS[args.format](found.document(_rent(written))))
     return 0

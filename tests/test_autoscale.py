@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beacon_proxy.contracts import Backend, Candidate, Live, Workers
+from beacon_proxy.errors import ConfigError
 from beacon_proxy.scaling.plan import Bounds, Plan
 from beacon_proxy.scaling.scaler import Scaler
 
-from .config_fakes import problems
+from .config_fakes import load, problems
 from .kit import eventually
+from .kit_proxy import plugins
 
 BOUNDS = Bounds(min=1, max=5, per_worker=4, target=0.5, cooldown=60.0, scale_down_after=300.0)
 
@@ -134,13 +136,7 @@ async def test_look_counts_what_runs_and_what_waits_and_tells_each_backend_its_o
     await scene.scaler.look()
     assert scene.fleet.told == [("a", Workers(4, 5))]
     assert scene.events == [
-        {
-            "event": "autoscale.scaled",
-            "backend": "a",
-            "workers": 4,
-            "before": None,
-            "dry_run": False,
-        }
+        {"event": "autoscale.scaled", "backend": "a", "workers": 4, "before": None}
     ]
     shown = {(g.name, g.labels[0][1]): g.value for g in scene.scaler.gauges()}
     assert shown == {
@@ -158,7 +154,8 @@ async def test_look_when_it_is_a_dry_run_says_what_it_would_tell_and_tells_nobod
         await asyncio.sleep(0)
     assert scene.fleet.told == []
     assert [event["workers"] for event in scene.events] == [4, 1]  # and back, at the end
-    assert all(event["dry_run"] for event in scene.events)
+    assert {event["event"] for event in scene.events} == {"autoscale.planned"}
+    assert {gauge.name for gauge in scene.scaler.gauges()} == {"autoscale_workers_wanted"}
 
 
 async def test_look_when_a_provider_says_no_tells_the_operator_and_the_others() -> None:
@@ -214,3 +211,33 @@ backends:
 def test_config_when_it_cannot_be_is_refused_at_its_place(rows: str, problem: str) -> None:
     found = problems(f"{ROWS}autoscale: {{backends: {rows}}}")
     assert any(line.startswith(problem) for line in found), found
+
+
+def test_warning_when_another_instance_scales_it_says_which() -> None:
+    """A row that this instance leaves alone without a word looks as if it did nothing."""
+    row = "{name: r, provider: runpod, url: 'https://api.runpod.ai/v2/e1', region: eu-west}"
+    scale = "autoscale: {backends: [{backend: r, max: 2}]}"
+    text = f"server: {{region: us-east}}\nbackends: [{row}]\n{scale}"
+    (warning,) = load(text, among=plugins()).warnings
+    assert warning.startswith("autoscale.backends[0]: left to the instance in eu-west, and this")
+    assert load(text.replace("us-east", "eu-west"), among=plugins()).warnings == []
+
+
+def test_config_when_a_backend_has_no_region_the_instance_must_be_named() -> None:
+    """Else each of three instances would take it for its own."""
+    row = "{name: r, provider: runpod, url: 'https://api.runpod.ai/v2/e1', api_key: k}"
+    text = f"backends: [{row}]\nautoscale: {{backends: [{{backend: r, max: 2}}]}}"
+    with pytest.raises(ConfigError) as caught:
+        load(text, among=plugins())
+    assert caught.value.problems == (
+        "autoscale.backends[0].instance: must name the region of the instance that does it,"
+        " as backend r has no region",
+    )
+
+
+@pytest.mark.parametrize("scope", ["region:eu-wst", "provider:modal"])
+def test_warning_when_a_budget_covers_no_backend_says_so(scope: str) -> None:
+    row = "{name: r, provider: runpod, url: 'https://api.runpod.ai/v2/e1', region: eu-west}"
+    text = f"backends: [{row}]\nbudgets: [{{name: b, scope: '{scope}', per: day, usd: 1}}]"
+    (warning,) = load(text, among=plugins()).warnings
+    assert warning == f"budgets[0].scope: no backend is under {scope}"

@@ -160,7 +160,7 @@ def test_config_when_a_backend_lacks_what_scaling_needs_says_so_at_start(
 ) -> None:
     document = {
         "backends": [{"name": "r", **row}],
-        "autoscale": {"backends": [{"backend": "r", "max": 2}]},
+        "autoscale": {"backends": [{"backend": "r", "max": 2, "instance": "us-east"}]},
     }
     settings = load(json.dumps(document), among=plugins())
     with pytest.raises(ConfigError) as caught:
@@ -223,6 +223,8 @@ async def test_proxy_when_the_backend_is_another_regions_leaves_it_to_that_insta
         row = {"name": "r", "provider": "runpod", "url": rest.url, "api_key": KEY}
         async with proxy({**row, "region": "eu-west"}, b, autoscale=scale) as p:
             await asyncio.sleep(0.1)
+            (ignored,) = p.events("config.ignored")
+            assert "left to the instance in eu-west" in ignored["warning"]
             assert not [g for g in p.app.telemetry.gauges() if g.name.startswith("autoscale")]
         async with proxy({**row, "region": "us-east"}, b, autoscale=scale) as p:
             await eventually(
@@ -233,7 +235,8 @@ async def test_proxy_when_the_backend_is_another_regions_leaves_it_to_that_insta
 async def test_docs_when_a_query_names_a_metric_the_proxy_tells_it() -> None:
     text = (ROOT / "docs" / "autoscaling.md").read_text()
     named = {name.removesuffix("_total") for name in re.findall(r"\bbeacon_\w+", text)}
-    scale = {"backends": [{"backend": "r", "max": 3, "cooldown": 0}], "interval": 0.02}
+    scale: dict[str, Any] = {"interval": 0.02, "dry_run": False}
+    scale["backends"] = [{"backend": "r", "max": 3, "cooldown": 0}]
     async with Rest() as rest:
         row = {"name": "r", "provider": "runpod", "url": rest.url, "kind": "openai"}
         rest.gate.set()

@@ -129,6 +129,7 @@ async def served(site: Path, *rows: dict[str, Any], **more: Any) -> AsyncIterato
     document = {
         "server": {"host": "127.0.0.1", "port": 0, "region": "us-east", "drain_timeout": 0},
         "backends": list(rows),
+        "ledger": {"path": ""},
         **more,
     }
     with written(document) as config:

@@ -89,16 +89,16 @@ def read_hints(exchange: Exchange, head: RequestHead) -> None:
         seconds = min(_number(timeout, "X-Beacon-Timeout"), LONGEST)
         exchange.deadline = exchange.started + seconds
     if (price := hints.get(b"max-price")) is not None:
-        exchange.max_price = _number(price, "X-Beacon-Max-Price")
+        exchange.max_price = _number(price, "X-Beacon-Max-Price", zero=True)
 
 
-def _number(value: bytes, name: str) -> float:
+def _number(value: bytes, name: str, *, zero: bool = False) -> float:
     try:
         number = float(value)
     except ValueError:
         number = inf
-    if not isfinite(number) or number <= 0:
-        raise BadRequest(f"{name} must be a number above 0")
+    if not isfinite(number) or number < 0 or (number == 0 and not zero):
+        raise BadRequest(f"{name} must be a number {'of at least' if zero else 'above'} 0")
     return number
 
 

@@ -233,19 +233,30 @@ def check_autoscale(
     section: Any, backends: Any, providers: Mapping[str, Provider], problems: list[str]
 ) -> None:
     """Check that what is to be scaled is there, once, and of a provider that can."""
-    rows = [*_mappings(section.get("backends") if isinstance(section, dict) else None)]
-    of = {row.get("name"): row.get("provider") for _, row in _mappings(backends)}
+    found = {row.get("name"): row for _, row in _mappings(backends)}
+    rows = section.get("backends") if isinstance(section, dict) else None
     seen: set[str] = set()
-    for index, row in rows:
-        name, at = row.get("backend"), f"autoscale.backends[{index}].backend"
+    for index, row in _mappings(rows):
+        name, at = row.get("backend"), f"autoscale.backends[{index}]"
         if not isinstance(name, str) or not name:
             continue
-        if name not in of:
-            problems.append(f"{at}: there is no backend {shown(name)}{meant(name, map(str, of))}")
-        elif of[name] in providers and not hasattr(providers[str(of[name])], "scale"):
-            problems.append(f"{at}: provider {of[name]} cannot be told how many workers to keep")
+        backend = found.get(name)
+        if backend is None:
+            near = meant(name, map(str, found))
+            problems.append(f"{at}.backend: there is no backend {shown(name)}{near}")
+            continue
+        kind = backend.get("provider")
+        if kind in providers and not hasattr(providers[str(kind)], "scale"):
+            problems.append(
+                f"{at}.backend: provider {kind} cannot be told how many workers to keep"
+            )
+        elif not backend.get("region") and not row.get("instance"):
+            problems.append(
+                f"{at}.instance: must name the region of the instance that does it,"
+                f" as backend {name} has no region"
+            )
         if name in seen:
-            problems.append(f"{at}: {shown(name)} is listed twice")
+            problems.append(f"{at}.backend: {shown(name)} is listed twice")
         seen.add(name)
 
 

@@ -115,7 +115,7 @@ class Settings(Section):
     @property
     def warnings(self) -> list[str]:
         """What is set, and valid, but has no effect, and why; one line a key."""
-        return [*_nowhere(self.ledger), *self._of_budgets()] + [
+        return [*_nowhere(self.ledger), *self._of_budgets(), *self._of_autoscale()] + [
             f"backends[{index}].{key}: has no effect without price_model: rented"
             for index, row in enumerate(self.backends)
             if row.price_model != "rented"
@@ -123,10 +123,35 @@ class Settings(Section):
             if getattr(row, key) is not None
         ]
 
+    def _covers(self, scope: str) -> bool:
+        """Whether a budget's scope has a backend; a pool by default is the provider's to say."""
+        kind, _, name = scope.partition(":")
+        if kind not in ("provider", "region"):
+            return True
+        here = self.server.region
+        return any(
+            (row.provider if kind == "provider" else row.region or here) == name
+            for row in self.backends
+        )
+
+    def _of_autoscale(self) -> Iterator[str]:
+        """What this instance leaves to another."""
+        homes = {row.name: row.region for row in self.backends}
+        for index, row in enumerate(self.autoscale.backends):
+            where = row.instance or homes.get(row.backend)
+            if where != self.server.region:
+                yield (
+                    f"autoscale.backends[{index}]: left to the instance in {where}, and this one is"
+                    f" in {self.server.region}; `instance` names another"
+                )
+
     def _of_budgets(self) -> Iterator[str]:
         """What makes budgets hold less than they seem to."""
         if self.budgets and not self.ledger.path:
             yield "budgets: begin anew at each restart, as the ledger is off"
+        for index, budget in enumerate(self.budgets):
+            if not self.discovery and not self._covers(budget.scope):
+                yield f"budgets[{index}].scope: no backend is under {budget.scope}"
         if self.limits.tenant_header is None:
             for index, budget in enumerate(self.budgets):
                 if budget.scope == "tenant":

@@ -96,8 +96,9 @@ class Scaler:
                 )
 
     async def _tell(self, backend: Backend, plan: Plan, workers: int, seconds: float) -> None:
-        before = plan.told
+        before, event = plan.told, "autoscale.planned"
         if not self._dry_run:
+            event = "autoscale.scaled"
             bounds = Workers(workers, max(plan.bounds.max, workers))
             problem = await self._fleet.scale(backend, bounds, seconds)
             if problem is not None:
@@ -105,13 +106,7 @@ class Scaler:
                 self._notify("autoscale.failed", backend=backend.name, detail=problem)
                 return
         plan.tried(self._clock(), workers)
-        self._notify(
-            "autoscale.scaled",
-            backend=backend.name,
-            workers=workers,
-            before=before,
-            dry_run=self._dry_run,
-        )
+        self._notify(event, backend=backend.name, workers=workers, before=before)
 
     async def _take_back(self) -> None:
         raised = [
@@ -134,7 +129,7 @@ class Scaler:
                 plan.wanted,
                 of,
             )
-            if plan.told is not None:
+            if plan.told is not None and not self._dry_run:
                 yield Gauge(
                     "autoscale_workers_told",
                     "Workers that the provider was told last to keep.",

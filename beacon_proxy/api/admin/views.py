@@ -144,7 +144,7 @@ def summary(candidates: Candidates, now: float, load: Load) -> dict[str, Any]:
         utilisation[kind][name] = round(share.utilisation, 4)
     latencies = [c.live.latency for c in candidates if c.live.latency is not None]
     rates = [c.live.success for c in candidates]
-    prices = [c.backend.price_per_second for c in candidates]
+    prices = [c.backend.price_per_second for c in candidates if c.backend.token_price is None]
     return {
         "total_providers": len(candidates),
         "healthy_providers": sum(healthy(c.live, now) for c in candidates),
