@@ -123,7 +123,9 @@ class Traffic:
 
     def begin(self, wish: bool | None = None) -> Try | None:
         """A new request; None: nobody had room for it."""
-        asked = Exchange("x", "POST", b"/", "/", (), NOW, inference=True, cost_priority=wish)
+        asked = Exchange(
+            "x", "POST", b"/", "/", (), NOW, inference=True, work="", cost_priority=wish
+        )
         return self._begin(asked, ())
 
     def _begin(self, asked: Exchange, tried: tuple[str, ...]) -> Try | None:
@@ -523,7 +525,7 @@ def test_price_while_the_cheap_have_room_and_work_is_even_never_exceeds_its_boun
     cost = Cost(default=mode, blend=Blend(0.1, 0.9), max_blended_price=bound)
     traffic = Traffic(cost, fleet_of(2))
     for _, live in traffic.fleet.rows:  # what is known of each already
-        traffic.fleet.estimates.note(live, None, _took(traffic, live, 3.0))
+        traffic.fleet.estimates.note(live, "", _took(traffic, live, 3.0))
     usd = seconds = 0.0
     for _ in range(800):
         traffic.begin()

@@ -89,10 +89,10 @@ def gauge(p: Proxy, name: str, of: str = "daily") -> float:
     raise AssertionError(name)
 
 
-def expect(p: Proxy, seconds: float) -> None:
+def expect(p: Proxy, seconds: float, model: str = "m") -> None:
     """What came before took so long."""
     for candidate in p.app.fleet.candidates():
-        candidate.live.typical["m"] = Typical(billed=seconds)
+        candidate.live.typical[model] = Typical(billed=seconds)
 
 
 class Later:
@@ -259,6 +259,42 @@ async def test_budget_of_nothing_when_a_node_is_rented_lets_its_work_in() -> Non
             assert (got.status, got.header("x-beacon-backend")) == (200, [b"b0"])
         assert (gauge(p, "spent_usd"), gauge(p, "used_ratio")) == (0.0, 0.0)
         assert dear.requests == []
+
+
+async def test_estimate_when_a_model_is_spelled_in_many_ways_is_one() -> None:
+    """64 spellings, each asked for once and cheaply, fixed every later estimate."""
+    name = "llama3.2:1b"
+    spellings = {name[:n].upper() + name[n:].replace(":", sep) for n in range(11) for sep in ":-"}
+    async with RawBackend(GOOD) as b, proxy(row(b, models=[name])) as p:
+        for spelling in sorted(spellings):
+            assert (await ask(p, chat(model=spelling))).status == 200
+        (candidate,) = p.app.fleet.candidates()
+        assert set(candidate.live.typical) == {"llama3.2-1b"}
+        expect(p, 3.0, "llama3.2-1b")
+        for limit, status in (("0.029", 429), ("0.031", 200)):
+            limited = chat(model="LLAMA3.2-1b", headers=[("X-Beacon-Max-Price", limit)])
+            assert (await ask(p, limited)).status == status
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(request("GET", "/v1/files"), id="list"),
+        pytest.param(request("POST", "/api/show", (), b'{"model":"m"}'), id="names a model"),
+    ],
+)
+async def test_budget_when_it_is_spent_lets_in_what_counts_no_tokens(data: bytes) -> None:
+    """By the token it costs nothing, yet it was held to take what an answer takes."""
+    counted = {**CHAT.document, "usage": {"prompt_tokens": 1000, "completion_tokens": 1000}}
+    prices = {"input": 1.0, "output": 1.0}
+    async with (
+        RawBackend(json_answer(counted)) as b,
+        proxy({"url": b, "price_per_million_tokens": prices}, budgets=[budget(0.002)]) as p,
+    ):
+        assert [(await ask(p)).status for _ in range(2)] == [200, 429]
+        assert gauge(p, "spent_usd") == pytest.approx(0.002)
+        assert [(await ask(p, data)).status for _ in range(2)] == [200, 200]
+        assert gauge(p, "spent_usd") == pytest.approx(0.002)
 
 
 async def test_exchange_when_it_waits_for_a_slot_until_the_money_is_gone_is_429() -> None:

@@ -513,7 +513,7 @@ def test_cost_when_requests_are_known_a_token_price_stands_by_what_they_take(
         scene.live(of).typical["m"] = typical(seconds)
         scene.live(of).typical["other"] = typical(1000.0)
     asked = exchange(True)
-    asked.model = "m"
+    asked.work = "m"
     assert names(scene.cost.select(asked, scene.candidates())) == order
 
 
@@ -522,14 +522,14 @@ def test_cost_when_one_got_long_requests_does_not_look_dearer_for_it() -> None:
     scene = Scene(MODAL, GOLEM)
     scene.live(GOLEM).typical["m"], scene.live(MODAL).typical["m"] = typical(60.0), typical(1.0)
     asked = exchange(True)
-    asked.model = "m"
+    asked.work = "m"
     assert names(scene.cost.select(asked, scene.candidates())) == ["golem", "modal"]
 
 
 def test_blend_when_a_pool_has_both_prices_takes_the_cheaper_for_this_request() -> None:
     scene = Scene(RUNPOD, PER_TOKEN, cost=Cost(blend=Blend(0.0, 1.0)))
     assert scene.order() == ["tokens", "runpod"]
-    scene.live(PER_TOKEN).typical[None] = typical(1.0, 9000.0, 9000.0)
+    scene.live(PER_TOKEN).usual = typical(1.0, 9000.0, 9000.0)
     assert scene.order() == ["runpod", "tokens"]
 
 
@@ -574,7 +574,7 @@ def test_max_blended_price_when_one_runs_keeps_its_expected_excess_free(
     account = cost._account
     assert account is not None
     if known is not None:
-        live.typical[None] = known
+        live.usual = known
     if cold:
         live.learn_warmth(Warmth.COLD, math.inf)
         live.cold_starts.note(40.0)

@@ -42,7 +42,7 @@ NEVER = 1e6
 def asked(left: float | None, **more: Any) -> Exchange:
     """An inference with so many seconds left."""
     deadline = None if left is None else monotonic() + left
-    return exchange(**{"model": "m", "inference": True, "deadline": deadline, **more})
+    return exchange(**{"model": "m", "work": "m", "inference": True, "deadline": deadline, **more})
 
 
 def taught(scene: Scene, quickest: float, *, risked: bool = True, name: str | None = None) -> None:
@@ -97,11 +97,13 @@ def test_quickest_when_one_in_fifty_takes_1_s_seldom_demands_more(seed: int, slo
 
 
 def test_needed_is_half_of_the_quickest_of_that_model_and_nothing_where_none_is_known() -> None:
-    live = Live(typical={"m": Typical(quickest=4.0), None: Typical(quickest=9.0)})
+    live = Live(
+        typical={"m": Typical(quickest=4.0), "": Typical(quickest=9.0), None: Typical(quickest=9.0)}
+    )
     assert needed(live, asked(1.0), 0.0) == 2.0
-    assert needed(live, asked(1.0, model="other"), 0.0) == 0.0
-    assert needed(live, asked(1.0, model=None), 0.0) == 0.0
-    assert needed(live, asked(1.0, inference=False), 0.0) == 0.0, "a list of models takes no GPU"
+    assert needed(live, asked(1.0, work="other"), 0.0) == 0.0
+    assert needed(live, asked(1.0, work=""), 0.0) == 0.0
+    assert needed(live, asked(1.0, work=None), 0.0) == 0.0, "a list of models takes no GPU"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_try_now_when_nothing_is_known_lets_everybody_try() -> None:
     assert s.chooser.try_now(asked(0.001), "m", ()) is not None
     taught(s, 10.0)
     assert s.chooser.try_now(asked(None), "m", ()) is not None
-    assert s.chooser.try_now(asked(0.5, inference=False), "m", ()) is not None
+    assert s.chooser.try_now(asked(0.5, inference=False, work=None), "m", ()) is not None
 
 
 def test_try_now_when_one_is_too_slow_asks_the_other() -> None:

@@ -532,7 +532,7 @@ def test_estimate_is_a_guess_first_and_then_the_mean_of_all_backends() -> None:
         return fleet.estimates.usd(unknown.backend, unknown.live, "m", 1000.0)
 
     assert expected() >= 1.0
-    exchange = made(model="n", inference=True)
+    exchange = made(model="n", inference=True, work="n")
     for candidate in (one, one, one, two):
         seconds = 2.0 if candidate is one else 4.0
         outcome = Outcome(candidate.backend, 1, Verdict.GOOD, Stage.DONE, billed=seconds)

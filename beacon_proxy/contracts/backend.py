@@ -185,8 +185,8 @@ class Live:
     cold_starts: ColdStarts = field(default_factory=ColdStarts)
     lacking: dict[str, float] = field(default_factory=dict)  # model it said it lacks: until (s)
     latency: float | None = None  # s, moving average of the first-content time of good attempts
-    # What good attempts took, by model as clients spell it; None: over all of them.
-    typical: dict[str | None, Typical] = field(default_factory=dict)
+    typical: dict[str | None, Typical] = field(default_factory=dict)  # by `Exchange.work`
+    usual: Typical | None = None  # the same of all inference, whatever its model
     recent: Recent | None = None  # of its region and provider; None: not known yet
     success: float = 1.0  # 0..1, moving average over good attempts and strikes
     last_used: float = 0.0  # monotonic s of the last outcome

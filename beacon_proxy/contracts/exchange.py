@@ -93,6 +93,9 @@ class Exchange:
     tenant: str | None = None  # who asks, hashed, where `limits.tenant_header` says how it is told
     session: str | None = None  # what the client calls its conversation, for affinity
     prompt: Prompt | None = None  # set on the translated route alone
+    # What its cost and time are compared with: inference by the canonical model, "" where that is
+    # not known; None: no inference. Set by the core after `prepare`.
+    work: str | None = None
     deadline_is_ours: bool = False  # set by the proxy, not by the client
     attempts: list[Outcome] = field(default_factory=list)
     answered: Backend | None = None  # whose answer was committed

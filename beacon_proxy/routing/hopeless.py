@@ -23,9 +23,8 @@ _COLD = Warmth.COLD
 
 def needed(live: Live, exchange: Exchange, now: float) -> float:
     """Seconds, at `now` (monotonic s), below which an answer is not to be had; 0: not known."""
-    if not exchange.inference or exchange.model is None:
-        return 0.0
-    typical = live.typical.get(exchange.model)
+    work = exchange.work
+    typical = live.typical.get(work) if work else None
     if typical is None:
         return 0.0
     quickest = typical.quickest
@@ -49,7 +48,7 @@ def hopeful(exchange: Exchange, candidates: Candidates, now: float, *, totals: b
     found = [c for c in candidates if now < latest_start(exchange, c, now)]
     if not found:
         for candidate in candidates:
-            typical = candidate.live.typical.get(exchange.model)
+            typical = candidate.live.typical.get(exchange.work)
             ends = exchange.ends_on(candidate.backend)
             if now < ends and typical is not None and now - typical.risked >= _RISK_PAUSE:
                 typical.risked = now
@@ -59,11 +58,11 @@ def hopeful(exchange: Exchange, candidates: Candidates, now: float, *, totals: b
 
 def _all_might(exchange: Exchange, candidates: Candidates, now: float) -> bool:
     """Whether there is time enough for any of them: the usual case, told quickly."""
-    model = exchange.model
+    work = exchange.work
     left = inf if exchange.deadline is None else exchange.deadline - now
     for candidate in candidates:
         live = candidate.live
-        typical = live.typical.get(model)
+        typical = live.typical.get(work)
         if typical is not None and (typical.quickest > left or live.warmth is _COLD):
             return False
     return left > 0

@@ -86,6 +86,8 @@ class Pipeline:
         for prepare in self._chain.prepares:
             prepare(exchange)
         model = canonical_model(exchange.model) if exchange.model else None
+        if exchange.inference:
+            exchange.work = model or ""
         fleet = self._fleet
         if model is not None and not fleet.knows(model) and not await fleet.finds(model):
             raise ModelNotFound(f"no backend serves the model {exchange.model!r}")
@@ -110,7 +112,7 @@ class Pipeline:
             candidate = choice.candidate
             attempt = Attempt(self._wire, exchange, candidate, choice.provider, choice.hooks)
             attempt.expected_usd = self._expected_usd(
-                candidate.backend, candidate.live, exchange.model, attempt.started
+                candidate.backend, candidate.live, exchange.work, attempt.started
             )
             try:
                 delay = await self._try(exchange, source, client, model, tried, choice, attempt)

@@ -87,7 +87,7 @@ class Budgets:
         self, exchange: Exchange, candidates: Candidates
     ) -> tuple[list[Candidate], list[Refused]]:
         """Tell those that fit into every limit from those that do not; either in its order."""
-        model, now = exchange.model, self._clock()
+        work, now = exchange.work, self._clock()
         most, rooms = self._most(exchange), self._rooms(exchange, now)
         least = min([most, *(room for _, room in rooms)])
         expected = self._expected
@@ -96,7 +96,7 @@ class Budgets:
         refused: list[Refused] = []
         for candidate in candidates:
             backend = candidate.backend
-            usd = planned[backend.name] = expected(backend, candidate.live, model, now)
+            usd = planned[backend.name] = expected(backend, candidate.live, work, now)
             if usd <= least:
                 fitting.append(candidate)
                 continue

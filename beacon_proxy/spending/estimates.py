@@ -1,34 +1,46 @@
-"""What an attempt is expected to cost before it is made: by what this backend and model did so far.
+"""What an attempt is expected to cost before it is made: by what this backend did so far.
 
-Rule 1: the nearest past counts: of this backend and model; else of this backend; else of all. What
-    names no model (lists, pages, tunnels) is other work, and says nothing about that of models.
+An attempt is known by the `work` of its exchange: an inference by the canonical model, "" where
+that is not known, and None for what is no inference (lists, pages, tunnels).
+Rule 1: the nearest past counts: of this backend and model; else of all inference on this backend;
+    else of all inference. What is none says nothing about it.
 Rule 2: seconds and tokens are remembered, not money: a price may change, the work does not.
 Rule 3: a cold start is no part of the work. It is added where the backend would have to start.
+Rule 4: what is no inference counts no tokens, as far as it is known.
+Rule 5: clients make up models. So many of a backend's are told apart; a further one takes the place
+    of that which was learnt last the longest ago.
 """
 
 from __future__ import annotations
 
-from ..contracts import Backend, Live, Outcome, Typical
+from collections import deque
+from dataclasses import replace
+
+from ..contracts import Backend, Live, Outcome, Typical, Usage
 
 _WEIGHT = 0.2  # of the newest attempt in the averages: about the last ten count
 _RISE = 1.005  # of `Typical.quickest` with each attempt that took longer: twice as much after 140
 _CAUTION = 8.0  # it begins at this part of the first one seen
-_MODELS = 64  # names told apart, a backend: clients make them up
+_MODELS = 64  # told apart, a backend
+_BACKENDS = 64  # that make the average of the fleet: the newest
 _LONGEST = 128  # characters of one
 _GUESS = Typical(billed=5.0, input=200.0, output=200.0)  # while no answer has been seen at all
+_NOTHING, _NO_TOKENS = Typical(), Usage()
 
 
 class Estimates:
     """Learns from good attempts."""
 
     def __init__(self) -> None:
-        self._all = _GUESS  # over every backend
+        self._usual: deque[Typical] = deque(maxlen=_BACKENDS)  # `Live.usual` of each
 
-    def note(self, live: Live, model: str | None, outcome: Outcome) -> None:
-        """Learn from a good attempt; `model` as the client spells it."""
-        typical = live.typical.get(model)
+    def note(self, live: Live, work: str | None, outcome: Outcome) -> None:
+        """Learn from a good attempt at `work`."""
+        known = live.typical
+        typical = known.pop(work, None)
         if typical is None:
-            typical = self._begin(live, model, outcome.duration)
+            work, typical = _begin(known, work, outcome.duration)
+        known[work] = typical  # what was learnt last stands last
         billed, duration = outcome.billed, outcome.duration
         if outcome.cold_start is not None:
             if billed > outcome.cold_start:
@@ -37,46 +49,68 @@ class Estimates:
                 duration -= outcome.cold_start
         quickest = typical.quickest * _RISE
         typical.quickest = quickest if quickest < duration else duration
-        every = self._all if model is not None else Typical()  # into nothing: see rule 1
-        if every is _GUESS:
-            every = self._all = Typical(billed, _GUESS.input, _GUESS.output)
-        typical.billed += (_WEIGHT if typical.billed else 1.0) * (billed - typical.billed)
-        every.billed += _WEIGHT * (billed - every.billed)
-        usage = outcome.usage
-        if usage is not None and outcome.backend.token_price is not None:
-            for each in (typical, every):
-                each.input += (_WEIGHT if each.input else 1.0) * (usage.input - each.input)
-                each.output += (_WEIGHT if each.output else 1.0) * (usage.output - each.output)
+        old = typical.billed
+        typical.billed = old + _WEIGHT * (billed - old) if old else billed
+        if work is not None:
+            usual = live.usual
+            if usual is None:
+                usual = live.usual = Typical()
+                self._usual.append(usual)
+            old = usual.billed
+            usual.billed = old + _WEIGHT * (billed - old) if old else billed
+            if outcome.usage is not None and outcome.backend.token_price is not None:
+                _count(typical, outcome.usage)
+                _count(usual, outcome.usage)
+        elif outcome.backend.token_price is not None:
+            _count(typical, outcome.usage or _NO_TOKENS)
 
-    def _begin(self, live: Live, model: str | None, duration: float) -> Typical:
-        if model is not None and (len(live.typical) >= _MODELS or len(model) > _LONGEST):
-            return live.typical.get(None) or self._begin(live, None, duration)
-        typical = live.typical[model] = Typical(quickest=duration / _CAUTION)
-        return typical
-
-    def usd(self, backend: Backend, live: Live, model: str | None, now: float) -> float:
+    def usd(self, backend: Backend, live: Live, work: str | None, now: float) -> float:
         """USD that an attempt at `backend`, made now (monotonic s), is expected to cost."""
-        typical = live.typical.get(model)
-        if typical is None:
-            typical = self._nearest(live)
-        price = backend.token_price
-        if price is not None:
-            if not (typical.input or typical.output):
-                typical = self._all  # it never said what it took
-            return typical.input * price.input + typical.output * price.output
-        seconds = typical.billed
-        if live.cold_from <= now and live.cold_at(now):
-            seconds += live.cold_starts.quantile(0.5) or 0.0
-        return seconds * backend.price_per_second
+        price, typical = backend.token_price, live.typical.get(work)
+        if price is None:
+            seconds = (typical or live.usual or self._fleet()).billed
+            if live.cold_from <= now and live.cold_at(now):
+                seconds += live.cold_starts.quantile(0.5) or 0.0
+            return seconds * backend.price_per_second
+        if work is None:
+            typical = typical or _NOTHING
+        elif typical is None or not (typical.input or typical.output):
+            typical = live.usual  # it never said what it took
+            if typical is None or not (typical.input or typical.output):
+                typical = self._fleet()
+        return typical.input * price.input + typical.output * price.output
 
-    def _nearest(self, live: Live) -> Typical:
-        known = [each for model, each in live.typical.items() if model is not None]
+    def _fleet(self) -> Typical:
+        """What inference takes on average, over all backends."""
+        known = self._usual
         if not known:
-            return self._all
-        count = len(known)
-        counted = sum(1 for each in known if each.input or each.output) or 1
+            return _GUESS
+        billed = sum(each.billed for each in known) / len(known)
+        counted = [each for each in known if each.input or each.output]
+        if not counted:
+            return replace(_GUESS, billed=billed)
         return Typical(
-            sum(each.billed for each in known) / count,
-            sum(each.input for each in known) / counted,
-            sum(each.output for each in known) / counted,
+            billed,
+            sum(each.input for each in counted) / len(counted),
+            sum(each.output for each in counted) / len(counted),
         )
+
+
+def _begin(
+    known: dict[str | None, Typical], work: str | None, duration: float
+) -> tuple[str | None, Typical]:
+    """What new work is remembered as, and its averages. Makes room for it."""
+    if work and len(work) > _LONGEST:
+        work = ""
+    elif len(known) >= _MODELS:
+        del known[next(iter(known))]
+    return work, known.pop(work, None) or Typical(quickest=duration / _CAUTION)
+
+
+def _count(typical: Typical, usage: Usage) -> None:
+    typical.input = _mean(typical.input, usage.input)
+    typical.output = _mean(typical.output, usage.output)
+
+
+def _mean(old: float, new: int) -> float:
+    return old + _WEIGHT * (new - old) if old else float(new)

@@ -80,18 +80,18 @@ class Cost:
         mode = self.default if wish is None else "cost" if wish else "latency"
         rank: Rank
         if mode == "blend":
-            rank = by_blend(self._ledger.first(), candidates, exchange.model, now)
+            rank = by_blend(self._ledger.first(), candidates, exchange.work, now)
         elif mode == "cost":
-            rank = by_price(candidates, exchange.model, now)
+            rank = by_price(candidates, exchange.work, now)
         else:
             rank = by_latency(now)
         if account is None:
             return sorted(candidates, key=rank)
-        within, beyond, last = account.parted(candidates, exchange.model, now)
+        within, beyond, last = account.parted(candidates, exchange.work, now)
         self._ledger.lends = not beyond
         within.sort(key=rank)
         if beyond:
-            beyond.sort(key=by_price(candidates, exchange.model, now, over_priority=True))
+            beyond.sort(key=by_price(candidates, exchange.work, now, over_priority=True))
         return [*within, *beyond, *last]
 
     def admit(self, exchange: Exchange, backend: Backend) -> Permit | None:

@@ -47,18 +47,18 @@ class Account:
         self.reserved = 0.0  # USD
 
     def parted(
-        self, candidates: Candidates, model: str | None, now: float
+        self, candidates: Candidates, work: str | None, now: float
     ) -> tuple[list[Candidate], list[Candidate], list[Candidate]]:
         """Candidates that keep to the bound, those that do not, and those of last resort."""
         within: list[Candidate] = []
         beyond: list[Candidate] = []
         last: list[Candidate] = []
         room = -(self.deficit + self.reserved)
-        guess = measure(candidates, model)
+        guess = measure(candidates, work)
         # Each plan is followed at once by the admission of one of its candidates, or of none.
         self._excess = dear = {}
         for c in candidates:
-            backend, typical = c.backend, nearest(c.live, model) or guess
+            backend, typical = c.backend, nearest(c.live, work) or guess
             price = backend.token_price
             if price is None:
                 billed = expected_billed(c.live, typical, now)

@@ -30,7 +30,7 @@ _TAIL = 0.25
 _GUESS = Typical(billed=5.0, input=200.0, output=200.0)  # while no answer has been seen at all
 
 
-def by_blend(first: str, candidates: Candidates, model: str | None, now: float) -> Rank:
+def by_blend(first: str, candidates: Candidates, work: str | None, now: float) -> Rank:
     """The pool that is due, then the other, then any that has no share."""
     second = "burst" if first == "baseline" else "baseline"
     price_of: Callable[[Backend], float] | None = None
@@ -42,7 +42,7 @@ def by_blend(first: str, candidates: Candidates, model: str | None, now: float) 
         backend, live = c.backend, c.live
         price = backend.price_per_second
         if backend.token_price is not None:
-            price_of = price_of or yardstick(candidates, model)
+            price_of = price_of or yardstick(candidates, work)
             price = price_of(backend)
         return (
             c.priority,
@@ -58,7 +58,7 @@ def by_blend(first: str, candidates: Candidates, model: str | None, now: float) 
 
 
 def by_price(
-    candidates: Candidates, model: str | None, now: float, *, over_priority: bool = False
+    candidates: Candidates, work: str | None, now: float, *, over_priority: bool = False
 ) -> Rank:
     """Cheapest first; inside a candidate's priority, unless the price is to rule over that."""
     price_of: Callable[[Backend], float] | None = None
@@ -70,7 +70,7 @@ def by_price(
         backend, live = c.backend, c.live
         price = backend.price_per_second
         if backend.token_price is not None:
-            price_of = price_of or yardstick(candidates, model)
+            price_of = price_of or yardstick(candidates, work)
             price = price_of(backend)
         cold = live.cold_from <= now and live.cold_at(now)
         one, two = (price, c.priority) if over_priority else (c.priority, price)
@@ -123,9 +123,9 @@ def latency_score(live: Live, now: float) -> float:
     return score
 
 
-def yardstick(candidates: Candidates, model: str | None) -> Callable[[Backend], float]:
+def yardstick(candidates: Candidates, work: str | None) -> Callable[[Backend], float]:
     """What tells the price of a second of work of a backend that bills tokens (USD)."""
-    same = measure(candidates, model)
+    same = measure(candidates, work)
 
     def price(backend: Backend) -> float:
         tokens = backend.token_price
@@ -136,12 +136,12 @@ def yardstick(candidates: Candidates, model: str | None) -> Callable[[Backend], 
     return price
 
 
-def measure(candidates: Candidates, model: str | None) -> Typical:
-    """What a request to `model` typically takes: seconds where they are billed, tokens likewise."""
+def measure(candidates: Candidates, work: str | None) -> Typical:
+    """What such work typically takes: seconds where they are billed, tokens likewise."""
     seconds: list[Typical] = []
     tokens: list[Typical] = []
     for c in candidates:
-        typical = nearest(c.live, model)
+        typical = nearest(c.live, work)
         if typical is not None:
             (seconds if c.backend.token_price is None else tokens).append(typical)
     billed = [each.billed for each in seconds or tokens if each.billed > 0.0]
@@ -153,18 +153,9 @@ def measure(candidates: Candidates, model: str | None) -> Typical:
     )
 
 
-def nearest(live: Live, model: str | None) -> Typical | None:
-    """What good attempts took on a backend: at this model, else at any; None: there was none."""
-    typical = live.typical.get(model)
-    if typical is not None or not live.typical:
-        return typical
-    known = live.typical.values()
-    count = len(known)
-    return Typical(
-        sum(each.billed for each in known) / count,
-        sum(each.input for each in known) / count,
-        sum(each.output for each in known) / count,
-    )
+def nearest(live: Live, work: str | None) -> Typical | None:
+    """What good attempts took on a backend: at this work, else at any inference; None: unknown."""
+    return live.typical.get(work) or live.usual
 
 
 def expected_billed(live: Live, typical: Typical, now: float) -> float:
