@@ -20,7 +20,9 @@ Rule 3: an ejection lasts base * n, n growing with each and falling by one for e
     `base_ejection_time` of good time since (Envoy's outlier detection does it by its interval).
 Rule 4: a probe proves only what it exercises: that the server accepts and answers. It lifts an
     ejection, or forgives strikes, only where every strike came from probes or from the connect. And
-    a probe that gets no answer in time proves nothing while the backend serves clients.
+    a probe that gets no answer in time proves nothing while the backend serves clients: some wait
+    there, and one got a good answer within two rounds, or within twice what its answers take. Else
+    who accepts and says nothing would be kept in by those who wait for it in vain.
 Rule 5: if nothing stands ready, all are offered as a last resort, the least bad first (resting
     before ejected, soonest back, fewest strikes): a guess beats a certain 503. A lease refuses
     nobody then.
@@ -68,6 +70,7 @@ _CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 _AT_ONCE = 16  # probes side by side
 _ROUND_JITTER = 0.1  # of the interval either way: instances must not probe in step
 _EJECTION_JITTER = 0.1  # upwards: backends that fell together must not come back together
+_SERVES = 2  # intervals, or usual times of an answer, for which a good one says that it works
 _STALE = 10  # intervals after which a busy backend is probed all the same: its models may be new
 
 
@@ -353,7 +356,7 @@ class Health:
         live = record.live
         if started < record.ejected_at:
             return
-        slow = check.fault is Fault.TIMEOUT and live.in_flight > 0
+        slow = check.fault is Fault.TIMEOUT and self._serves(record)
         if check.verdict is Verdict.STRIKE and not slow:
             self._strike(record, started, check.fault, "probe", deep=False)
         elif check.verdict is Verdict.BUSY:
@@ -365,6 +368,13 @@ class Health:
             self._good(record)
         elif live.ejected_until <= self.clock() and not record.loading:
             live.healthy = True  # on trial: it may be asked
+
+    def _serves(self, record: _Record) -> bool:
+        """Whether it is at work, and answers come of it: see rule 4."""
+        live = record.live
+        usual = 0.0 if live.usual is None else live.usual.billed
+        lately = _SERVES * max(self.probe_interval, usual)
+        return live.in_flight > 0 and self.clock() - record.good_at <= lately
 
     def _stopped(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():

@@ -23,11 +23,13 @@ from beacon_proxy.contracts import (
     Outcome,
     Permit,
     Stage,
+    Typical,
     Verdict,
 )
 from middleware.health import Health
 
 GOOD, BUSY, STRIKE = Check(Verdict.GOOD), Check(Verdict.BUSY), Check(Verdict.STRIKE)
+SLOW = Check(Verdict.STRIKE, fault=Fault.TIMEOUT, detail="no answer in 5.0 s")
 
 
 def backend(name: str, region: str = "us-east") -> Backend:
@@ -826,10 +828,11 @@ async def test_probe_when_its_verdict_changes_to_a_bad_one_tells_so_once() -> No
 async def test_probe_when_slow_while_clients_are_served_is_no_strike() -> None:
     """A GPU that streams to eight clients may take its time over a list of models."""
     scene = Scene("a", "b")
-    slow = Check(Verdict.STRIKE, fault=Fault.TIMEOUT, detail="no answer in 5.0 s")
     scene.lives["a"].in_flight = 1
     for _ in range(5):
-        await scene.probe(a=slow, b=GOOD)
+        scene.end("a", Verdict.GOOD)
+        scene.now += 55.0
+        await scene.probe(a=SLOW, b=GOOD)
     assert scene.ready() == ["a", "b"]
     assert scene.lives["a"].healthy
     assert scene.names("probe.failed") == ["a"], "it is told all the same"
@@ -838,10 +841,43 @@ async def test_probe_when_slow_while_clients_are_served_is_no_strike() -> None:
     assert scene.ready() == ["b"], "a refused connection is news, whoever is served"
 
 
+@pytest.mark.parametrize(("usual", "ejected_after"), [(None, 90.0), (50.0, 120.0), (1.0, 90.0)])
+async def test_probe_when_slow_and_no_answer_comes_for_long_is_a_strike(
+    usual: float | None, ejected_after: float
+) -> None:
+    """A backend that stalled was kept in for 14 minutes by clients that waited there in vain."""
+    scene = Scene("a", "b")
+    scene.plan()
+    live, began = scene.lives["a"], scene.now
+    live.usual = None if usual is None else Typical(billed=usual)
+    scene.end("a", Verdict.GOOD)
+    live.in_flight = 38
+    while not live.ejected_until and scene.now < began + 1000.0:
+        scene.now += 30.0
+        scene.end("a", Verdict.NEUTRAL, fault=Fault.CLIENT_CLOSED)
+        await scene.probe(a=SLOW, b=GOOD)
+    assert scene.now - began == ejected_after + 30.0, "the second strike in a row"
+    assert scene.ready() == ["b"]
+    scene.serve_time("a")
+    await scene.probe(a=SLOW, b=GOOD)
+    assert live.ejected_until > scene.now, "nor does it come back by that"
+    scene.serve_time("a")
+    await scene.probe(a=GOOD, b=GOOD)
+    assert scene.ready() == ["a", "b"], "as soon as it answers it may be asked"
+
+
+async def test_probe_when_slow_and_one_never_answered_is_a_strike_whoever_waits() -> None:
+    scene = Scene("a", "b")
+    scene.lives["a"].in_flight = 1
+    for _ in range(2):
+        await scene.probe(a=SLOW, b=GOOD)
+    assert scene.ready() == ["b"]
+
+
 async def test_probe_when_slow_and_nobody_is_served_is_a_strike() -> None:
     scene = Scene("a", "b")
     for _ in range(2):
-        await scene.probe(a=Check(Verdict.STRIKE, fault=Fault.TIMEOUT), b=GOOD)
+        await scene.probe(a=SLOW, b=GOOD)
     assert scene.ready() == ["b"]
 
 
