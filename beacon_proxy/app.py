@@ -30,8 +30,8 @@ from .parts import (
     make_discovery,
     make_ledger,
     make_middlewares,
+    make_remembering,
     make_scaler,
-    remember_spending,
 )
 from .plugins import Plugins, build_provider
 from .routing.attempt import Wire
@@ -133,7 +133,10 @@ class App:
         self._http = ClientServer(
             self._api(loop), loop, self._wheel, head_timeout=self._head_timeout
         )
-        await remember_spending(settings, self.budgets, telemetry)
+        remembering = make_remembering(settings, self.budgets, telemetry)
+        if remembering is not None:  # before the ledger takes a row of this process
+            self._stack.callback(remembering.close)
+            await remembering.begin()
         self._server = await loop.create_server(
             self._http, server.host, server.port, backlog=BACKLOG, reuse_address=True
         )

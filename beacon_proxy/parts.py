@@ -5,7 +5,6 @@ What most have no use for is imported here inside its function: a start is its i
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +15,6 @@ from .alerts.view import MINUTES, Sources
 from .alerts.watch import Watch
 from .config import Settings
 from .contracts import Backend
-from .errors import told
 from .fleet.fleet import Fleet
 from .ops.telemetry import Telemetry
 from .plugins import Plugins, build_middleware
@@ -26,9 +24,8 @@ from .spending.budgets import Budgets
 if TYPE_CHECKING:
     from .discovery.refresh import Refresher
     from .ledger import Ledger
+    from .remembering import Remembering
     from .scaling.scaler import Scaler
-
-_REMEMBERS = 20.0  # s that the start waits for what was spent before
 
 
 def make_middlewares(settings: Settings, plugins: Plugins, telemetry: Telemetry) -> list[object]:
@@ -79,19 +76,16 @@ def make_ledger(settings: Settings, telemetry: Telemetry) -> Ledger | None:
     )
 
 
-async def remember_spending(settings: Settings, budgets: Budgets, telemetry: Telemetry) -> None:
-    """Let budgets go on from what the ledger holds of their windows."""
+def make_remembering(
+    settings: Settings, budgets: Budgets, telemetry: Telemetry
+) -> Remembering | None:
+    """Who lets budgets go on where the last process stopped; None: there is nothing to know."""
     path = settings.ledger.path
     if not path or not settings.budgets:
-        return
-    from .ledger import LedgerError, spent_since
+        return None
+    from .remembering import Remembering  # brings SQLite
 
-    try:
-        async with asyncio.timeout(_REMEMBERS):
-            for since in budgets.windows():
-                budgets.restore(since, await asyncio.to_thread(spent_since, path, since))
-    except (LedgerError, TimeoutError) as exc:  # it serves all the same; the operator is told
-        telemetry.notify("budget.forgot", error=told(exc))
+    return Remembering(path, budgets, unix=telemetry.unix, notify=telemetry.notify)
 
 
 def make_alerts(

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from .kit import RawBackend, RawClient, chat, json_answer, proxy
+from beacon_proxy import remembering
+from beacon_proxy.ledger import LedgerError
+from beacon_proxy.ledger.store import Store
+
+from .kit import RawBackend, RawClient, chat, eventually, json_answer, proxy
 from .kit_proxy import Proxy
 from .test_inference_route import SAID
 
@@ -39,6 +49,122 @@ async def test_budget_when_the_proxy_begins_anew_goes_on_from_what_the_last_one_
     assert after == pytest.approx(before)
 
 
+PAST = 0.125  # USD that is in the ledger of `a_past`
+
+
+def a_past(path: Path) -> Path:
+    with closing(Store(path)) as store:
+        where = ("b0", "openai", "us-east", "baseline", "m", "/v1/x", 0)
+        took = (200, "good", "done", 1.0, 1.0, 0.5, 1, 1, 0)
+        store.write([(time.time(), "past", 1, *where, *took, PAST, 0.0)])
+    return path
+
+
+class Held:
+    """The reading of a large ledger on a slow disk, which takes as long as a test wants.
+
+    Nothing is known before `begins` is set, and nothing but the shortest window before `goes_on`.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begins, self.goes_on, self.over = (threading.Event() for _ in range(3))
+        self._known = remembering.spent_since
+        monkeypatch.setattr(remembering, "spent_since", self._held)
+        monkeypatch.setattr(remembering, "_WAITS", 0.0)
+
+    def _held(self, *given: Any, **options: Any) -> Iterator[Any]:
+        try:
+            assert self.begins.wait(20)
+            for each in self._known(*given, **options):
+                yield each
+                assert self.goes_on.wait(20)
+        finally:
+            self.over.set()
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    made = Held(monkeypatch)
+    yield made
+    made.begins.set()
+    made.goes_on.set()
+    assert made.over.wait(20)
+
+
+def windows(path: Path) -> dict[str, Any]:
+    return {
+        "ledger": {"path": str(path), "flush_interval": 0.01},
+        "budgets": [{"name": per, "per": per, "usd": 1000} for per in ("hour", "month")],
+    }
+
+
+async def test_budget_when_the_ledger_takes_long_serves_and_counts_each_once(
+    tmp_path: Path, held: Held
+) -> None:
+    """What this process spends, and has written, before the past is known is no past."""
+    path = a_past(tmp_path / "beacon.db")
+    async with RawBackend(json_answer(SAID)) as backend:
+        row = {"url": backend, "price_per_second": 1.0}
+        async with proxy(row, **windows(path)) as p, RawClient(p.port) as client:
+            (told,) = p.events("budget.restoring")
+            assert sorted(told["budgets"]) == ["hour", "month"]
+            assert (await client.ask(chat())).status == 200
+            await p.exchanges(1)
+            own = spent(p)["month"]
+            assert 0 < own < PAST
+            assert await asyncio.to_thread(p.app._ledger.flush, 10.0)
+            held.begins.set()
+            await eventually(lambda: spent(p)["hour"] > PAST, 10)
+            assert spent(p)["month"] == own, "the longer window is not known yet"
+            assert (await client.ask(chat())).status == 200
+            await p.exchanges(2)
+            own = spent(p)["month"]
+            assert await asyncio.to_thread(p.app._ledger.flush, 10.0)
+            held.goes_on.set()
+            await eventually(lambda: p.events("budget.restored"), 10)
+            assert spent(p) == pytest.approx({"hour": own + PAST, "month": own + PAST})
+            assert p.events("budget.forgot") == []
+
+
+async def test_budget_when_the_rest_of_the_ledger_cannot_be_read_names_what_is_not_known(
+    tmp_path: Path, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = a_past(tmp_path / "beacon.db")
+    known = held._known
+
+    def breaks(*given: Any, **options: Any) -> Iterator[Any]:
+        yield next(known(*given, **options))
+        raise LedgerError("sqlite_ioerr_read", "disk I/O error")
+
+    held._known = breaks
+    held.begins.set()
+    held.goes_on.set()
+    async with RawBackend(json_answer(SAID)) as backend, proxy(backend, **windows(path)) as p:
+        await eventually(lambda: p.events("budget.forgot"), 10)
+        (told,) = p.events("budget.forgot")
+        assert told["level"] == "error"
+        assert told["budgets"] == ["month"]
+        assert told["error"] == "not known is what they spent before: disk I/O error"
+        assert spent(p) == {"hour": PAST, "month": 0.0}
+
+
+async def test_stop_when_the_ledger_is_still_read_waits_for_nothing(
+    tmp_path: Path, held: Held
+) -> None:
+    path = a_past(tmp_path / "beacon.db")
+    async with RawBackend(json_answer(SAID)) as backend:
+        async with proxy(backend, **windows(path)) as p:
+            pass
+        assert not held.over.is_set(), "the proxy has stopped, the thread still reads"
+        assert [each.daemon for each in threading.enumerate() if each.name == "ledger.past"] == [
+            True
+        ]
+        held.begins.set()
+        held.goes_on.set()
+        await eventually(held.over.is_set, 10)
+        assert p.events("budget.restored") == p.events("budget.forgot") == []
+
+
 async def test_budget_when_the_ledger_cannot_be_read_serves_and_tells(tmp_path: Path) -> None:
     path = tmp_path / "beacon.db"
     path.write_bytes(b"no database at all" * 100)
@@ -49,4 +175,7 @@ async def test_budget_when_the_ledger_cannot_be_read_serves_and_tells(tmp_path: 
         RawClient(p.port) as client,
     ):
         assert (await client.ask(chat())).status == 200
-        assert len(p.events("budget.forgot")) == 1
+        (told,) = p.events("budget.forgot")
+        assert told["budgets"] == ["b"]
+        assert told["error"].endswith("file is not a database")
+        assert p.events("budget.restoring") == []

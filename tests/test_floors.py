@@ -30,6 +30,7 @@ FLOORS: dict[str, set[str]] = {
     "schema": GROUND | {"plugins", "config"},
     "spending": GROUND,
     "ledger": GROUND,
+    "remembering": GROUND | {"ledger", "spending"},
     "scaling": GROUND,
     "ops": GROUND,
     "alerts": GROUND | {"config"},

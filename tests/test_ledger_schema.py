@@ -186,19 +186,78 @@ def test_spent_since_adds_up_by_where_it_went_and_who_asked(
     insert(file, ended_unix=101.0, usd=0.5, tenant="t1")
     insert(file, ended_unix=101.0, usd=1.0)
     insert(file, ended_unix=101.0, usd=2.0, backend="m", provider="modal", pool="burst")
-    assert sorted(spent_since(path, 100.0), key=lambda each: each.usd) == [
+    ((since, spent),) = spent_since(path, [100.0])
+    assert since == 100.0
+    assert sorted(spent, key=lambda each: each.usd) == [
         Spent("baseline", "golem", "b0", "us-east", "t1", 0.75),
         Spent("baseline", "golem", "b0", "us-east", None, 1.0),
         Spent("burst", "modal", "m", "us-east", None, 2.0),
     ]
 
 
+MANY = """
+INSERT INTO attempts (ended_unix, exchange_id, attempt, backend, provider, region, pool, path,
+  stream, verdict, stage, duration_s, billed_s, usd, expected_usd)
+WITH RECURSIVE k (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM k WHERE i < ?1 - 1)
+SELECT ?2 + i * ?3 + (i % 7 - 3) * 50 * ?3, 'e' || i, 1, 'b' || i % 3, 'golem', 'us-east',
+  'baseline', '/v1/x', 0, 'good', 'done', 1.0, 1.0, 0.0001, 0.0 FROM k"""
+
+
+def test_spent_since_of_a_large_ledger_is_the_same_for_each_window_latest_first(
+    path: Path, file: sqlite3.Connection
+) -> None:
+    """Ids follow times but roughly: each row is beside others that ended before and after it."""
+    prepare(file)
+    file.execute(MANY, (300_000, 1_000_000.0, 1.0))
+    times = [1_000_100.0, 1_299_990.0, 1_150_000.5, 1_290_000.0, 2_000_000.0]
+    found = list(spent_since(path, times))
+    assert [since for since, _ in found] == sorted(times, reverse=True)
+    for since, spent in found:
+        query = "SELECT backend, sum(usd) FROM attempts WHERE ended_unix >= ? GROUP BY backend"
+        right = dict(file.execute(query, (since,)).fetchall())
+        assert {each.backend: each.usd for each in spent} == pytest.approx(right)
+    assert found[0][1] == []
+
+
+def test_spent_since_counts_no_row_that_came_later_nor_what_ended_too_late(
+    path: Path, file: sqlite3.Connection
+) -> None:
+    prepare(file)
+    insert(file, ended_unix=50.0, usd=1.0)
+    insert(file, ended_unix=100.0, usd=2.0)
+    insert(file, ended_unix=200.0, usd=4.0)
+
+    def until() -> float:
+        insert(file, ended_unix=60.0, usd=8.0)  # as a writer may, while this reads
+        return 200.0
+
+    sums = spent_since(path, [100.0, 0.0], until_unix=until)
+    assert [(since, [each.usd for each in spent]) for since, spent in sums] == [
+        (100.0, [2.0]),
+        (0.0, [3.0]),
+    ]
+
+
+def test_spent_since_when_it_is_stopped_ends_in_the_middle(
+    path: Path, file: sqlite3.Connection
+) -> None:
+    prepare(file)
+    file.execute(MANY, (100_000, 1_000_000.0, 1.0))
+    known = spent_since(path, [1_099_000.0, 0.0], stopped=lambda: stopped)
+    stopped = False
+    assert next(known)[0] == 1_099_000.0
+    stopped = True
+    with pytest.raises(LedgerError) as caught:
+        next(known)
+    assert caught.value.kind == "stopped"
+
+
 def test_spent_since_when_there_is_no_file_is_nothing_and_makes_none(path: Path) -> None:
-    assert spent_since(path, 0.0) == []
+    assert list(spent_since(path, [0.0, 1.0])) == [(1.0, []), (0.0, [])]
     assert not path.exists()
 
 
 def test_spent_since_when_the_file_is_none_of_ours_raises(path: Path) -> None:
     path.write_bytes(b"x" * 4096)
     with pytest.raises(LedgerError, match="not a database"):
-        spent_since(path, 0.0)
+        list(spent_since(path, [0.0]))

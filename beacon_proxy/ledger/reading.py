@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from time import monotonic
@@ -15,14 +15,20 @@ _BUSY = 2.0  # s to wait for a lock; in WAL mode a reader meets one only while a
 _LOOK = 200_000  # instructions of SQLite's machine between two looks at the clock, some 5 ms
 
 
+def never() -> bool:
+    return False
+
+
 @contextmanager
-def reading(path: str | os.PathLike[str], seconds: float = 60.0) -> Iterator[sqlite3.Connection]:
-    """A connection that cannot write, for at most `seconds`.
+def reading(
+    path: str | os.PathLike[str], seconds: float = 60.0, stopped: Callable[[], bool] = never
+) -> Iterator[sqlite3.Connection]:
+    """A connection that cannot write, for at most `seconds`, and until somebody has it `stopped`.
 
     Raises:
         LedgerError: of kind `missing` where there is no file or nothing in it, `slow` where the
-            time is over, or why it cannot be read. What SQLite raises in the block becomes one,
-            too.
+            time is over, `stopped`, or why it cannot be read. What SQLite raises in the block
+            becomes one, too.
     """
     file = Path(os.path.abspath(path))
     if not file.exists():
@@ -30,10 +36,12 @@ def reading(path: str | os.PathLike[str], seconds: float = 60.0) -> Iterator[sql
     until = monotonic() + seconds
     try:
         with closing(_open(file)) as connection:
-            connection.set_progress_handler(lambda: monotonic() > until, _LOOK)
+            connection.set_progress_handler(lambda: stopped() or monotonic() > until, _LOOK)
             check(connection)
             yield connection
     except sqlite3.Error as error:
+        if stopped():
+            raise LedgerError("stopped", "nobody waits for it any more") from error
         if monotonic() > until:
             raise LedgerError("slow", f"it took longer than {seconds:g} s") from error
         raise LedgerError.of(error) from error

@@ -55,7 +55,7 @@ class LedgerError(Exception):
 
     Attributes:
         kind: a slug: SQLite's own name of the error in lower case (`sqlite_full`), or `newer`,
-            `older`, `foreign`, `missing`, `deleted`, `slow`.
+            `older`, `foreign`, `missing`, `deleted`, `slow`, `stopped`.
     """
 
     def __init__(self, kind: str, message: str) -> None:

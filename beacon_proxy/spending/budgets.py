@@ -231,8 +231,13 @@ class Budgets:
             budget.roll(unix)
         return sorted({budget.begun for budget in self._budgets})
 
+    def names(self, windows: Iterable[float]) -> list[str]:
+        """The budgets that such a window is now of; see `windows`."""
+        begun = {*windows}
+        return [budget.name for budget in self._budgets if budget.begun in begun]
+
     def restore(self, since_unix: float, spent: Iterable[Past]) -> None:
-        """Count what was spent since one of `windows`, before this process spends anything."""
+        """Count what others spent since one of `windows`, beside what this process spends."""
         unix, rows = self._unix(), list(spent)
         for budget in self._budgets:
             budget.roll(unix)
