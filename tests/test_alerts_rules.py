@@ -330,6 +330,20 @@ def test_success_rate_when_few_attempts_say_so_says_nothing() -> None:
     assert scene.look(RECENT) == ["-success_rate/golem/eu-west/warning"]
 
 
+@pytest.mark.parametrize("verdict", [Verdict.CALLER, Verdict.BUSY, Verdict.NEUTRAL])
+def test_success_rate_when_most_attempts_say_nothing_of_a_backend_leaves_them_out(
+    verdict: Verdict,
+) -> None:
+    """A client's own 4xx among them: of 20 and one strike the rate is that of the one strike."""
+    scene = Scene({"success_rate": {"for": 0}})
+    scene.attempts(200, verdict=verdict)
+    scene.attempts(19, verdict=Verdict.STRIKE)
+    assert scene.look(RECENT) == []
+    scene.attempts(1)
+    assert scene.look(RECENT) == ["+success_rate/golem/eu-west/warning"]
+    assert "5 % of 20 attempts" in scene.sent[0].says
+
+
 def test_success_rate_when_nobody_asks_any_more_ends() -> None:
     scene = Scene({"success_rate": {"for": 0}})
     scene.attempts(40, verdict=Verdict.STRIKE)
@@ -358,6 +372,26 @@ def test_ttft_when_it_is_twice_that_of_the_hour_before_begins() -> None:
         scene.attempts(900, ttft=0.8)
         scene.look(60)
     assert [message.type for message in scene.sent] == ["alert.began", "alert.ended"]
+
+
+def test_ttft_when_few_attempts_have_one_says_nothing() -> None:
+    """Neither of the recent minutes nor of the past: failed attempts and 4xx have no TTFT."""
+    scene = Scene({"ttft_p95": {"for": 0}})
+    for _ in range(30):
+        scene.attempts(60, ttft=0.8)
+        assert scene.look(60) == []
+    scene.now += 360
+    for _ in range(6):
+        scene.attempts(60, verdict=Verdict.CALLER)
+        scene.attempts(1, ttft=9.0)
+        assert scene.look(60) == []
+    scene = Scene({"ttft_p95": {"for": 0}})
+    for _ in range(30):  # its past would be what one attempt a minute was like
+        scene.attempts(60, verdict=Verdict.CALLER)
+        scene.attempts(1, ttft=0.8)
+        scene.look(60)
+    scene.attempts(600, ttft=9.0)
+    assert scene.look(60) == []
 
 
 def test_ttft_when_there_is_no_past_says_nothing() -> None:

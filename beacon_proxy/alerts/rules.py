@@ -128,12 +128,12 @@ def _provider_down(rule: ProviderDown) -> tuple[Any, ...]:
 def _success_rate(rule: SuccessRate) -> tuple[Any, ...]:
     def read(view: View) -> Iterator[Reading]:
         for place, sums in view.recent.items():
-            rate = sums.success_rate()
-            if rate is not None and sums.attempts >= rule.min_attempts:
+            rate, count = sums.success_rate(), sums.good + sums.strikes
+            if rate is not None and count >= rule.min_attempts:
                 yield Reading(
                     _name(place),
                     rate,
-                    f"{_words(place)}: {_percent(rate)} of {sums.attempts} attempts in"
+                    f"{_words(place)}: {_percent(rate)} of {count} attempts in"
                     f" {MINUTES} minutes were good (alert below {_percent(rule.below)})",
                 )
 
@@ -149,7 +149,7 @@ def _ttft_p95(rule: TtftP95) -> tuple[Any, ...]:
         enough = {
             place: p95
             for place, sums in view.recent.items()
-            if sums.attempts >= rule.min_attempts and (p95 := sums.ttft_quantile(0.95)) is not None
+            if len(sums.ttft) >= rule.min_attempts and (p95 := sums.ttft_quantile(0.95)) is not None
         }
         past.keep(view.recent_at, enough)
         for place, p95 in enough.items():

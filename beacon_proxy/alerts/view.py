@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -20,7 +20,13 @@ class Sums(Protocol):
     """Sums over some attempts, as `ops.windows` has them."""
 
     @property
-    def attempts(self) -> int: ...
+    def good(self) -> int: ...
+
+    @property
+    def strikes(self) -> int: ...
+
+    @property
+    def ttft(self) -> Sized: ...
 
     def success_rate(self) -> float | None: ...
 

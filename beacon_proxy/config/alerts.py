@@ -131,7 +131,10 @@ class SuccessRate(Section):
         default=None,
         description="share at which it is over; default: half way from below to 1",
     )
-    min_attempts: Count = Field(default=20, description="attempts; with fewer nothing is said")
+    min_attempts: Count = Field(
+        default=20,
+        description="attempts that say something of a backend; with fewer nothing is said",
+    )
     for_: NotNegative = _lasts(60.0)
     clear_for: NotNegative = _over(120.0)
 
@@ -151,7 +154,9 @@ class TtftP95(Section):
         description="times the hour before at which it is over; default: half way from 1 to factor",
     )
     at_least: NotNegative = Field(default=1.0, description="s; a p95 below is never slow")
-    min_attempts: Count = Field(default=50, description="attempts; with fewer nothing is said")
+    min_attempts: Count = Field(
+        default=50, description="attempts with a TTFT; with fewer nothing is said"
+    )
     for_: NotNegative = _lasts(120.0)
     clear_for: NotNegative = _over(120.0)
 
