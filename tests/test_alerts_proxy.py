@@ -80,7 +80,7 @@ async def test_pool_when_it_is_full_for_long_tells_the_webhook_and_when_it_is_ov
             await eventually(lambda: len(to.taken) == 2)
             over = await metric(p, "beacon_alert_active")
             subjects = await metric(p, "beacon_alert_subject_active")
-            sent = await metric(p, "beacon_webhook_messages")
+            sent = await metric(p, "beacon_webhook_messages_total")
             assert (await health(p))["alerts"] == []
     began, ended = (got.json for got in to.taken)
     assert [got.signed for got in to.taken] == [True, True]
@@ -133,11 +133,13 @@ async def test_traffic_when_alerts_pour_out_and_their_webhook_hangs_is_untouched
             await eventually(lambda: len(p.events("alert.began")) == 1800, 10)
             for _ in range(50):
                 assert (await client.ask(chat())).status == 200
-            sent = await metric(p, "beacon_webhook_messages")
+            sent = await metric(p, "beacon_webhook_messages_total")
+            waiting = await metric(p, "beacon_webhook_messages_waiting")
             assert len(to.tries) == 1, "it still hangs"
             p.app.hurry()
     counts = {labels.split('"')[-2]: value for labels, value in sent.items()}
-    assert counts == {"delivered": 0.0, "failed": 0.0, "dropped": 1544.0, "waiting": 256.0}
+    assert counts == {"delivered": 0.0, "failed": 0.0, "dropped": 1544.0}
+    assert waiting == {'{webhook="webhooks[0]"}': 256.0}
     assert len(p.events("webhook.overflowed")) == 1
     assert [line["end"] for line in p.events("exchange.done")] == ["complete"] * 50
 

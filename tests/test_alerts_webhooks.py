@@ -75,7 +75,7 @@ async def sender(*rows: Webhook, told: Told, limits: Limits = QUICK) -> AsyncIte
 
 def counts(webhooks: Webhooks, number: int = 0) -> dict[str, float]:
     return {
-        dict(gauge.labels)["what"]: gauge.value
+        dict(gauge.labels).get("what", "waiting"): gauge.value
         for gauge in webhooks.gauges()
         if dict(gauge.labels)["webhook"] == f"webhooks[{number}]"
     }

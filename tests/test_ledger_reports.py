@@ -510,5 +510,5 @@ async def test_gauges_tell_of_the_ledger(tmp_path: Path) -> None:
     told = [line for line in text.decode().splitlines() if line.startswith("beacon_ledger")]
     values = {name: float(value) for name, value in map(str.split, told)}
     assert values["beacon_ledger_healthy"] == 1.0
-    assert values["beacon_ledger_rows_lost"] == values["beacon_ledger_rows_waiting"] == 0.0
+    assert values["beacon_ledger_rows_lost_total"] == values["beacon_ledger_rows_waiting"] == 0.0
     assert abs(values["beacon_ledger_last_flush_timestamp_seconds"] - time.time()) < 60

@@ -29,6 +29,7 @@ from beacon_proxy.contracts import (
     End,
     Exchange,
     Fault,
+    Gauge,
     Live,
     Outcome,
     Stage,
@@ -741,6 +742,26 @@ def test_metrics_read_the_fleet_at_scrape() -> None:
     assert samples["beacon_backend_healthy", ("aside",)] == 0
     assert samples["beacon_backend_info", ("well", "baseline", "golem", "us-east")] == 1
     assert ("beacon_in_flight", ("well",)) not in teller.samples()
+
+
+def test_metrics_when_others_show_numbers_tell_counters_from_gauges() -> None:
+    """For a counter `rate()` and `increase()` mean something, and its name ends in `_total`."""
+    teller = Teller()
+    teller.telemetry.sources = (
+        lambda: [
+            Gauge("rows_lost", "Rows.", 3, counts=True),
+            Gauge("messages", "Messages.", 5, (("what", "failed"),), counts=True),
+            Gauge("waiting", "Waiting.", 7),
+        ],
+    )
+    body, _ = teller.telemetry.render([])
+    lines = body.decode().splitlines()
+    assert "# TYPE beacon_rows_lost_total counter" in lines
+    assert "beacon_rows_lost_total 3.0" in lines
+    assert "# TYPE beacon_messages_total counter" in lines
+    assert 'beacon_messages_total{what="failed"} 5.0' in lines
+    assert "# TYPE beacon_waiting gauge" in lines
+    assert "beacon_waiting 7.0" in lines
 
 
 def test_metrics_overhead_leaves_attempts_and_waits_out() -> None:

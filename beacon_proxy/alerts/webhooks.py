@@ -98,13 +98,21 @@ class Webhooks:
 
     def gauges(self) -> Iterator[Gauge]:
         for line in self._lines:
+            webhook = ("webhook", line.label)
             for what, count in line.counts.items():
                 yield Gauge(
                     "webhook_messages",
-                    "Messages of a webhook: delivered, failed, dropped for want of room, waiting.",
+                    "Messages of a webhook: delivered, failed, or dropped for want of room.",
                     count,
-                    (("webhook", line.label), ("what", what)),
+                    (webhook, ("what", what)),
+                    counts=True,
                 )
+            yield Gauge(
+                "webhook_messages_waiting",
+                "Messages of a webhook that are still to go out.",
+                line.waiting,
+                (webhook,),
+            )
 
 
 class _Line:
@@ -166,10 +174,13 @@ class _Line:
 
     @property
     def counts(self) -> dict[str, int]:
-        waiting = len(self._waiting) + (self._under_way is not None)
+        """How each message fared that waits no more."""
         return {
             "delivered": self._delivered,
             "failed": self._failed,
             "dropped": self._dropped,
-            "waiting": waiting,
         }
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting) + (self._under_way is not None)

@@ -14,10 +14,11 @@ from .exchange import Exchange, Outcome, Permit
 class Gauge(NamedTuple):
     """One number that a middleware shows in /metrics, as `beacon_<name>`."""
 
-    name: str  # snake case, with its unit
+    name: str  # snake case, with its unit, without `_total`
     help: str
     value: float
     labels: tuple[tuple[str, str], ...] = ()  # name and value; from a bounded set
+    counts: bool = False  # it only ever grows: shown as a counter, `beacon_<name>_total`
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,9 @@ class Ledger:
             "ledger_healthy", "1: the ledger can be written.", float(not self._trouble.lasts)
         )
         yield Gauge("ledger_rows_waiting", "Attempts not in the ledger yet.", self.waiting)
-        yield Gauge("ledger_rows_lost", "Attempts that never will be in it.", self.lost)
+        yield Gauge(
+            "ledger_rows_lost", "Attempts that never will be in it.", self.lost, counts=True
+        )
         yield Gauge(
             "ledger_last_flush_timestamp_seconds", "When it was last written to.", self._flushed
         )

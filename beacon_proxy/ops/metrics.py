@@ -310,12 +310,13 @@ class Metrics(Collector):
         yield from (info, in_flight, health, resting, warmth, capacity)
 
     def _of_others(self) -> Iterator[Metric]:
-        families: dict[str, GaugeMetricFamily] = {}
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
         for gauge in self.measured:
             family = families.get(gauge.name)
             if family is None:
                 names = tuple(name for name, _ in gauge.labels)
-                family = GaugeMetricFamily(f"beacon_{gauge.name}", gauge.help, labels=names)
+                kind = CounterMetricFamily if gauge.counts else GaugeMetricFamily
+                family = kind(f"beacon_{gauge.name}", gauge.help, labels=names)
                 families[gauge.name] = family
             family.add_metric(tuple(value for _, value in gauge.labels), gauge.value)
         yield from families.values()
