@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import operator
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from beacon_proxy.contracts import (
     Warmth,
 )
 from beacon_proxy.ops.windows import Windows
+from middleware.cost import Cost
 
 from .kit import eventually
 
@@ -433,22 +435,89 @@ def test_budget_when_a_severity_is_null_has_the_other_alone() -> None:
     assert scene.look() == ["+budget/daily/critical"]
 
 
+class Blended(Scene):
+    """The gauges of a real cost middleware, and requests that it is told of."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.cost = Cost()
+        self.pools = {name: a_backend(name, pool=name) for name in ("baseline", "burst")}
+
+    def serve(self, count: int, baseline: float | None = None, **fields: Any) -> None:
+        """`count` requests: where the blend sends them, or that share of them to baseline."""
+        for number in range(count):
+            exchange = Exchange("1", "POST", b"/", "/", (), self.now, **fields)
+            if baseline is None:
+                rows = [Candidate(backend, Live()) for backend in self.pools.values()]
+                backend = self.cost.select(exchange, rows)[0].backend
+            else:
+                backend = self.pools["baseline" if number < count * baseline else "burst"]
+            self.cost.observe(exchange, Outcome(backend, 1, Verdict.GOOD, Stage.DONE, sent=True))
+        self.gauges = list(self.cost.gauges())
+
+
 def test_blend_when_a_pool_is_off_by_ten_points_is_one_alert() -> None:
-    scene = Scene({"blend_off_target": {"for": 0}})
-    scene.gauges = [
-        labelled("blend_target_share", 0.7, pool="baseline"),
-        labelled("blend_target_share", 0.3, pool="burst"),
-        labelled("blend_share", 0.55, pool="baseline"),
-        labelled("blend_share", 0.45, pool="burst"),
-    ]
-    scene.attempts(99)
+    scene = Blended({"blend_off_target": {"for": 0}})
+    scene.serve(99, 0.55)
     assert scene.look(RECENT) == [], "of so few nothing can be said"
-    scene.attempts(1)
+    scene.serve(1, 0.0)
     assert scene.look(RECENT) == ["+blend_off_target/blend/warning"]
-    assert scene.sent[0].value == pytest.approx(15.0)
-    assert scene.sent[0].says == (
-        "pool baseline has 55 % of the traffic, 70 % is its target (alert from 10 points)"
+    assert scene.sent[0].value == pytest.approx(15.0, abs=1.0)
+    assert re.fullmatch(
+        r"pool baseline has 5\d(\.\d)? % of the traffic, 70 % is its target"
+        r" \(alert from 10 points\)",
+        scene.sent[0].says,
     )
+
+
+def test_blend_when_it_decides_next_to_nothing_says_nothing() -> None:
+    """Who asks for cost or latency goes where it wants; two others are no split."""
+    scene = Blended({"blend_off_target": {"for": 0}})
+    scene.serve(400, 1.0, cost_priority=True)
+    scene.serve(2, 0.5)
+    assert scene.look(600) == []
+    scene.serve(97, 0.0)
+    assert scene.look(600) == [], "99"
+
+
+def test_blend_when_it_decides_no_more_ends() -> None:
+    scene = Blended({"blend_off_target": {"for": 0}})
+    scene.serve(200, 0.2)
+    assert scene.look() == ["+blend_off_target/blend/warning"]
+    for _ in range(10):
+        scene.serve(200, 0.0, cost_priority=True)
+        scene.look(60)
+    assert [message.type for message in scene.sent] == ["alert.began", "alert.ended"]
+
+
+def minutes_of(scene: Blended, minutes: int, baseline: float | None = None) -> list[str]:
+    """A request a second, as the blend decides or with that share to baseline."""
+    told = []
+    for _ in range(minutes * 12):
+        scene.serve(5, baseline)
+        told += scene.look(LOOK)
+    return told
+
+
+def test_blend_when_its_outage_is_over_ends_in_minutes_and_stays_so() -> None:
+    """The share of the last thousand is off for another half an hour at a request a second."""
+    scene = Blended({"blend_off_target": True})
+    assert minutes_of(scene, 40) == []
+    assert minutes_of(scene, 15, 0.0) == ["+blend_off_target/blend/warning"]
+    over = scene.now
+    assert minutes_of(scene, 12) == ["-blend_off_target/blend/warning"]
+    ended = scene.sent[-1].unix - 1.7e9 - over
+    assert 240 < ended <= 480
+    shares = {dict(g.labels)["pool"]: g.value for g in scene.gauges if g.name == "blend_share"}
+    assert shares["baseline"] < 0.6
+    assert minutes_of(scene, 60) == []
+
+
+def test_blend_when_a_spike_spills_for_a_minute_says_nothing() -> None:
+    scene = Blended({"blend_off_target": True})
+    assert minutes_of(scene, 20) == []
+    assert minutes_of(scene, 1, 0.0) == []
+    assert minutes_of(scene, 60) == []
 
 
 def test_ledger_when_it_cannot_be_written_or_loses_rows_begins() -> None:

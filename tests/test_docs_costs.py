@@ -66,8 +66,8 @@ def test_ways_to_group_are_those_that_there_are() -> None:
 
 def test_gauges_are_those_that_there_are(tmp_path: Path) -> None:
     site = Site(tmp_path / "beacon.db")
-    assert [names(cells[0])[0] for cells in table("gauge in `/metrics`")] == [
-        f"beacon_{gauge.name}" for gauge in site.ledger.gauges()
+    assert [names(cells[0])[0] for cells in table("in `/metrics`")] == [
+        f"beacon_{gauge.name}" + "_total" * gauge.counts for gauge in site.ledger.gauges()
     ]
 
 

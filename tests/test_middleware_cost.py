@@ -621,6 +621,9 @@ def test_gauges_when_nothing_was_served_show_no_share_and_no_price() -> None:
         ("blend_target_share", "burst"): pytest.approx(0.3),
         ("blend_debt", "baseline"): 0.0,
         ("blend_debt", "burst"): 0.0,
+        ("blend_served", "baseline"): 0.0,
+        ("blend_served", "burst"): 0.0,
+        ("blend_decided",): 0,
     }
 
 
@@ -650,6 +653,31 @@ def test_gauges_when_the_share_changed_show_that_of_the_last_thousand_or_so() ->
         0.0,
         pytest.approx(900.0, abs=5.0),
     )
+
+
+def test_gauges_when_nothing_is_owed_show_a_zero_without_a_sign() -> None:
+    for down in ("burst", "baseline"):
+        scene = Scene(GOLEM, MODAL)
+        scene.serve(10)
+        scene.serve(20, down=frozenset({down}))
+        debts = [value for (name, *_), value in shown(scene.cost).items() if name == "blend_debt"]
+        assert 0.0 in debts
+        assert [math.copysign(1.0, debt) for debt in debts] == [1.0, 1.0]
+    assert [math.copysign(1.0, shown(Cost())["blend_debt", p]) for p in ("baseline", "burst")] == [
+        1.0,
+        1.0,
+    ]
+
+
+def test_gauges_when_few_were_decided_show_no_share_and_how_many_there_were() -> None:
+    scene = Scene(GOLEM, MODAL)
+    scene.serve(99)
+    figures = shown(scene.cost)
+    assert figures["blend_decided",] == 99
+    assert figures["blend_served", "baseline"] + figures["blend_served", "burst"] == 99.0
+    assert ("blend_share", "baseline") not in figures
+    scene.serve(1)
+    assert shown(scene.cost)["blend_share", "baseline"] == pytest.approx(0.7, abs=0.02)
 
 
 @pytest.mark.parametrize("default", ["cost", "latency"])

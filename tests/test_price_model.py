@@ -353,7 +353,7 @@ async def test_metrics_when_requests_were_split_show_the_blend_and_the_price() -
         ) as p,
         RawClient(p.port) as client,
     ):
-        for _ in range(10):
+        for _ in range(100):
             await client.ask(CHAT.request(stream=False), "POST")
         asked = b"GET /metrics HTTP/1.1\r\nHost: h\r\nAccept: text/plain\r\n\r\n"
         text = (await client.ask(asked)).body.decode()
@@ -362,6 +362,8 @@ async def test_metrics_when_requests_were_split_show_the_blend_and_the_price() -
     assert figures['beacon_blend_share{pool="baseline"}'] == pytest.approx(0.7, abs=0.01)
     assert figures['beacon_blend_share{pool="burst"}'] == pytest.approx(0.3, abs=0.01)
     assert figures['beacon_blend_target_share{pool="baseline"}'] == 0.7
+    assert figures['beacon_blend_served_total{pool="baseline"}'] == pytest.approx(70, abs=1)
+    assert figures["beacon_blend_decided_total"] == 100
     assert figures['beacon_blend_debt{pool="burst"}'] == 0.0
     assert figures["beacon_blended_price_usd_per_second"] == pytest.approx(0.25)
     assert figures["beacon_blended_price_deficit_usd"] < 0.0

@@ -219,18 +219,34 @@ def _budget(rule: BudgetUsed) -> tuple[Any, ...]:
 
 
 def _blend_off_target(rule: BlendOffTarget) -> tuple[Any, ...]:
+    decided = _Growth()
+    served: dict[str, _Growth] = {}
+
     def read(view: View) -> Iterator[Reading]:
-        shares = view.by_label("blend_share", "pool")
-        targets = view.by_label("blend_target_share", "pool")
-        both = shares.keys() & targets.keys()
-        if not both or sum(s.attempts for s in view.recent.values()) < rule.min_attempts:
+        now, count = view.now, view.one("blend_decided")
+        if count is None:
             return
-        # Two pools are off by the same: it is one alert.
-        pool = max(sorted(both), key=lambda name: round(abs(shares[name] - targets[name]), 6))
-        points = abs(shares[pool] - targets[pool]) * 100
+        targets = view.by_label("blend_target_share", "pool")
+        grown = {
+            pool: served.setdefault(pool, _Growth()).see(now, amount)
+            for pool, amount in view.by_label("blend_served", "pool").items()
+        }
+        enough = decided.see(now, count) >= rule.min_attempts
+        of_all = sum(grown.values())
+        shares = {
+            # The milder of two pasts. The last thousand alone would be off long after an outage,
+            # the last minutes alone where a few long requests make them up.
+            pool: max(share, grown[pool] / of_all)
+            for pool, share in view.by_label("blend_share", "pool").items()
+            if enough and of_all > 0 and pool in grown and pool in targets
+        }
+        if not shares:
+            return
+        # What one pool has too little the other has too much: it is one alert.
+        pool = max(sorted(shares), key=lambda name: targets[name] - shares[name])
         yield Reading(
             "blend",
-            points,
+            max(0.0, targets[pool] - shares[pool]) * 100,
             f"pool {pool} has {_percent(shares[pool])} of the traffic,"
             f" {_percent(targets[pool])} is its target (alert from {rule.above:g} points)",
         )

@@ -177,14 +177,16 @@ class BudgetUsed(Section):
 
 
 class BlendOffTarget(_Above):
-    """How far a pool's share of the traffic is from what the blend wants."""
+    """How much too small a pool's share of what the blend decides is, over 5 minutes and longer."""
 
     above: Points = Field(default=10.0, description="percentage points")
     clear: NotNegative | None = Field(
         default=None, description="points at which it is over; default: half of above"
     )
     min_attempts: Count = Field(
-        default=100, description="attempts in the last 5 minutes; with fewer nothing is said"
+        default=100,
+        description="requests that the blend decided in the last 5 minutes; with fewer nothing is"
+        " said",
     )
     for_: NotNegative = _lasts(300.0)
     clear_for: NotNegative = _over(120.0)

@@ -45,6 +45,7 @@ _GUESS = {"requests": 1.0, "seconds": 5.0, "cost": 0.001}
 _MEMORY = 1000.0
 _MEAN_WEIGHT = 0.1  # of the newest amount in a pool's mean
 _FADE = 0.999  # kept of the past at each exchange: the last thousand or so make the share shown
+_SAYING = 100  # exchanges; the share of fewer says nothing
 _EVEN = -1e-9  # amounts; sums of shares that should make zero are off by less
 
 
@@ -84,6 +85,7 @@ class Pool:
     mean: float  # amount of an exchange
     proven: bool = False  # it has served, so the mean is its own
     recent: float = 0.0  # amounts served, fading
+    served: float = 0.0  # amounts served since the start
 
 
 class Ledger:
@@ -96,6 +98,7 @@ class Ledger:
         "_payback",
         "_reach",
         "debt",
+        "decided",
         "lends",
         "pools",
         "standing",
@@ -111,6 +114,7 @@ class Ledger:
         self._payback = blend.payback if blend.baseline and blend.burst else 0.0
         self.standing = 0.0  # credit of baseline, in amounts; burst's is the same below zero
         self.debt = 0.0  # amounts owed to baseline; below zero: to burst
+        self.decided = 0  # exchanges
         self.lends = True  # what was served out of turn becomes debt
 
     def first(self) -> str:
@@ -128,6 +132,8 @@ class Ledger:
         self._baseline.recent *= _FADE
         self._burst.recent *= _FADE
         pool.recent += amount
+        pool.served += amount
+        self.decided += 1
         self.standing += pool.step * amount
         debt = self.debt
         if debt:
@@ -156,9 +162,11 @@ class Ledger:
         self._reach = self._near * max(self._baseline.mean, self._burst.mean)
 
     def gauges(self) -> Iterator[Gauge]:
+        yield Gauge("blend_decided", "Exchanges that the blend decided.", self.decided, counts=True)
         recent = self._baseline.recent + self._burst.recent
         # A fleet with one pool has nothing to split, and no share that could be off.
         split = self._baseline.proven and self._burst.proven and recent > 0.0
+        split = split and self.decided >= _SAYING
         for name, pool in self.pools.items():
             labels = (("pool", name),)
             if split:
@@ -169,11 +177,18 @@ class Ledger:
                     labels,
                 )
             yield Gauge("blend_target_share", "Share that a pool is to have.", pool.share, labels)
+            yield Gauge(
+                "blend_served",
+                "What a pool served of what the blend decided, in requests, s or USD.",
+                pool.served,
+                labels,
+                counts=True,
+            )
             owed = self.debt if pool is self._baseline else -self.debt
             yield Gauge(
                 "blend_debt",
                 "Owed to a pool for what the other served in its place, in requests, s or USD.",
-                max(owed, 0.0),
+                max(0.0, owed),  # in this order it is never -0.0
                 labels,
             )
 
