@@ -44,7 +44,7 @@ _GUESS = {"requests": 1.0, "seconds": 5.0, "cost": 0.001}
 # it takes 400 000 requests to make up for; who was away for longer starts anew.
 _MEMORY = 1000.0
 _MEAN_WEIGHT = 0.1  # of the newest amount in a pool's mean
-_FADE = 0.999  # kept of the past at each exchange: the last thousand or so make the share shown
+_BLOCK = 500  # exchanges: the last one to two of these make the share that is shown
 _SAYING = 100  # exchanges; the share of fewer says nothing
 _EVEN = -1e-9  # amounts; sums of shares that should make zero are off by less
 
@@ -84,8 +84,9 @@ class Pool:
     step: float  # what the standing moves by for each unit that this pool serves
     mean: float  # amount of an exchange
     proven: bool = False  # it has served, so the mean is its own
-    recent: float = 0.0  # amounts served, fading
-    served: float = 0.0  # amounts served since the start
+    served: float = 0.0  # amounts, since the start
+    begun: float = 0.0  # what `served` was as the last block began
+    before: float = 0.0  # as the one before it began
 
 
 class Ledger:
@@ -129,11 +130,11 @@ class Ledger:
         """Book an exchange that `pool` has served."""
         if amount != pool.mean or not pool.proven:
             self._weigh(pool, amount)
-        self._baseline.recent *= _FADE
-        self._burst.recent *= _FADE
-        pool.recent += amount
         pool.served += amount
         self.decided += 1
+        if not self.decided % _BLOCK:
+            for each in self.pools.values():
+                each.before, each.begun = each.begun, each.served
         self.standing += pool.step * amount
         debt = self.debt
         if debt:
@@ -163,17 +164,18 @@ class Ledger:
 
     def gauges(self) -> Iterator[Gauge]:
         yield Gauge("blend_decided", "Exchanges that the blend decided.", self.decided, counts=True)
-        recent = self._baseline.recent + self._burst.recent
+        recent = {name: pool.served - pool.before for name, pool in self.pools.items()}
+        of_all = sum(recent.values())
         # A fleet with one pool has nothing to split, and no share that could be off.
-        split = self._baseline.proven and self._burst.proven and recent > 0.0
+        split = self._baseline.proven and self._burst.proven and of_all > 0.0
         split = split and self.decided >= _SAYING
         for name, pool in self.pools.items():
             labels = (("pool", name),)
             if split:
                 yield Gauge(
                     "blend_share",
-                    "Share of a pool in what the blend decided, over about the last 1000.",
-                    pool.recent / recent,
+                    "Share of a pool in what the blend decided, over the last 500 to 1000.",
+                    recent[name] / of_all,
                     labels,
                 )
             yield Gauge("blend_target_share", "Share that a pool is to have.", pool.share, labels)
