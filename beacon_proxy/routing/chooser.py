@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from math import inf
 from time import monotonic
 
 from ..contracts import (
@@ -70,29 +71,38 @@ class Chooser:
         candidates: Candidates = self._fleet.serving(model, tried)
         if self._fleet.choosy:
             candidates = self._fleet.taking(exchange, candidates)
+        serving = candidates
+        for select in self._chain.selects:
+            candidates = select(exchange, candidates)
         if self._budgets.bounded or exchange.max_price is not None:
-            return self._within(exchange, candidates)
-        for select in self._chain.selects:
-            candidates = select(exchange, candidates)
+            return self._within(exchange, candidates, serving)
         return candidates
 
-    def _within(self, exchange: Exchange, candidates: Candidates) -> Candidates:
-        """The plan among those that fit into every budget and limit."""
-        fitting, refused = self._budgets.part(exchange, candidates)
-        plan = self._selected(exchange, fitting)
-        if not plan and refused:
-            # Money is the reason only where one of them would have been asked.
-            wanted = self._selected(exchange, [each.candidate for each in refused])
-            names = {candidate.backend.name for candidate in wanted}
-            missed = [each for each in refused if each.candidate.backend.name in names]
-            if missed:
-                raise self._budgets.limited(exchange, missed)
-        return plan
+    def _within(self, exchange: Exchange, plan: Candidates, serving: Candidates) -> Candidates:
+        """What of a plan fits into every budget and limit.
 
-    def _selected(self, exchange: Exchange, candidates: Candidates) -> Candidates:
-        for select in self._chain.selects:
-            candidates = select(exchange, candidates)
-        return candidates
+        Money comes last, for it says nothing about who is well: that a healthy one is too dear is
+        no reason to ask a dead one.
+        """
+        fitting, refused = self._budgets.part(exchange, plan)
+        if not refused:
+            return plan
+        ready = [each for each in refused if not each.candidate.last_resort]
+        if fitting and not (ready and all(each.last_resort for each in fitting)):
+            return fitting
+        soon = self._ready_again(exchange, serving)
+        raise self._budgets.limited(exchange, ready or refused, soon)
+
+    def _ready_again(self, exchange: Exchange, serving: Candidates) -> float:
+        """Seconds until one that may be asked, but is not well now, and fits, may be ready."""
+        now, where = self._fleet.now(), exchange.region
+        if exchange.region_mode == "require" and where:
+            serving = [
+                c for c in serving if c.backend.region == where and not c.backend.region_assumed
+            ]
+        fitting, _ = self._budgets.part(exchange, serving)
+        waits = [max(c.live.ejected_until, c.live.resting_until) - now for c in fitting]
+        return min((max(wait, 1.0) for wait in waits if wait > 0), default=inf)
 
     def try_now(
         self, exchange: Exchange, model: str | None, tried: Collection[str]

@@ -139,12 +139,15 @@ class Budgets:
             for hold in self._running.values():
                 hold.look(now)
 
-    def limited(self, exchange: Exchange, refused: Iterable[Refused]) -> Limited:
-        """What to tell a client of which every candidate would cost too much; there are some."""
+    def limited(self, exchange: Exchange, refused: Iterable[Refused], soon: float = inf) -> Limited:
+        """What to tell a client of which every candidate would cost too much; there are some.
+
+        `soon`: s until there may be another candidate.
+        """
         tenant, unix = exchange.tenant, self._unix()
         by_budget = [each for each in refused if each.budgets]
         if not by_budget:
-            return self._too_dear(exchange)
+            return self._too_dear(exchange, soon)
         for budget in dict.fromkeys(b for each in by_budget for b in each.budgets):
             self._note_refusal(budget, tenant, unix)
         # A candidate waits for the last of its budgets, the client for the first candidate.
@@ -153,13 +156,14 @@ class Budgets:
             for each in by_budget
         )
         message = f"the budget {name!r} has no room for this request"
-        return BudgetExceeded(message, retry_after=round(wait, 3))
+        return BudgetExceeded(message, retry_after=round(min(wait, soon), 3))
 
-    def _too_dear(self, exchange: Exchange) -> Limited:
+    def _too_dear(self, exchange: Exchange, soon: float) -> Limited:
         own, limit = exchange.max_price, self._max_price
         named = own is not None and (limit is None or own <= limit)
         what = "X-Beacon-Max-Price" if named else "limits.max_price_per_request"
-        return Limited(f"no backend is expected to answer within {what}", retry_after=_UNCHANGING)
+        message = f"no backend is expected to answer within {what}"
+        return Limited(message, retry_after=round(min(_UNCHANGING, soon), 3))
 
     def _note_refusal(self, budget: Budget, tenant: str | None, unix: float) -> None:
         account = budget.account(tenant)
