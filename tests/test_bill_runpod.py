@@ -12,20 +12,35 @@ from typing import Any
 
 import pytest
 
-from beacon_proxy.contracts import Outcome
+from beacon_proxy.contracts import Fault, Outcome
+from providers.runpod import RunPod
 from providers.runpod.bill import Bill
-from providers.runpod.call import Endpoint
+from providers.runpod.endpoint import Endpoint
 from providers.runpod.job import Job as Told
+from providers.runpod.pace import Operation
 
-from .kit import Proxy, RawClient, chat, chat_events, eventually, proxy
-from .kit_jobs import CHAT
+from .kit import (
+    BackendConn,
+    Proxy,
+    RawBackend,
+    RawClient,
+    blackhole,
+    chat,
+    chat_events,
+    closed_port,
+    eventually,
+    proxy,
+)
+from .kit_jobs import CHAT, SOON
 from .kit_runpod import ControlPlane, Job, control_plane, queue_row
+
+DOLLAR: Any = {"price_per_second": 1.0}
 
 
 @asynccontextmanager
 async def billing(control: ControlPlane) -> AsyncIterator[tuple[Proxy, list[Outcome]]]:
     outcomes: list[Outcome] = []
-    async with proxy(queue_row(control, price_per_second=1.0), outcomes=outcomes) as p:
+    async with proxy(queue_row(control, **DOLLAR), outcomes=outcomes) as p:
         yield p, outcomes
 
 
@@ -197,6 +212,82 @@ async def test_queue_when_the_client_leaves_it_is_charged_for_a_start_alone(warm
     assert outcome.billed <= outcome.duration
     assert outcome.usage is not None
     assert outcome.usage.output == 0
+
+
+# -- what RunPod never took ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [400, 401, 402, 404, 429])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_submission_when_runpod_refuses_it_costs_nothing(status: int, stream: bool) -> None:
+    async with (
+        control_plane() as control,
+        billing(control) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        control.answers("run" if stream else "runsync", status)
+        assert (await client.ask(chat(stream=stream))).status >= 400
+        await p.exchanges(1)
+    assert [(each.billed, each.usd) for each in outcomes] == [(0.0, 0.0)]
+
+
+async def test_submission_when_nobody_listens_costs_nothing() -> None:
+    with closed_port() as port:
+        async with control_plane() as control:
+            control.port = port
+            async with billing(control) as (p, outcomes), RawClient(p.port) as client:
+                assert (await client.ask(chat())).status == 502
+                await p.exchanges(1)
+    assert [(each.billed, each.usd) for each in outcomes] == [(0.0, 0.0)]
+
+
+async def test_submission_when_no_connection_comes_about_costs_nothing() -> None:
+    outcomes: list[Outcome] = []
+    async with blackhole() as port:
+        url = f"http://127.0.0.1:{port}/v2/ep"
+        row = {"url": url, "provider": "runpod", "kind": "queue", **DOLLAR, **SOON}
+        async with proxy(row, outcomes=outcomes) as p, RawClient(p.port) as client:
+            assert (await client.ask(chat())).status == 504
+            await p.exchanges(1)
+    (outcome,) = outcomes
+    assert (outcome.fault, outcome.billed, outcome.usd) == (Fault.TIMEOUT, 0.0, 0.0)
+    assert outcome.duration >= 0.3
+
+
+async def test_submission_while_it_waits_for_our_own_pace_costs_nothing() -> None:
+    async with control_plane() as control, billing(control) as (p, outcomes):
+        provider = p.app.fleet.providers["runpod"]
+        assert isinstance(provider, RunPod)
+        provider._queue._endpoint(control.url).budgets[Operation.RUNSYNC].rest(60)
+        async with RawClient(p.port) as client:
+            await client.send(chat())
+            await eventually(lambda: len(p.app._carriers) == 1)
+            await asyncio.sleep(0.03)
+        await p.exchanges(1)
+        assert control.jobs == {}
+    assert [(each.billed, each.usd) for each in outcomes] == [(0.0, 0.0)]
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n"])
+async def test_submission_when_its_answer_is_lost_is_charged_by_our_clock(answer: bytes) -> None:
+    """The job may run. It went out with its length, as the SDK sends it."""
+
+    async def script(conn: BackendConn) -> None:
+        await conn.request()
+        await asyncio.sleep(0.03)
+        await conn.send(answer)
+        conn.close()
+
+    outcomes: list[Outcome] = []
+    async with RawBackend(script) as backend:
+        row = {"url": f"{backend.url}/v2/ep", "provider": "runpod", "kind": "queue", **DOLLAR}
+        async with proxy(row, outcomes=outcomes) as p, RawClient(p.port) as client:
+            assert (await client.ask(chat())).status == 502
+            await p.exchanges(1)
+        (received,) = backend.requests
+    (outcome,) = outcomes
+    assert 0.03 <= outcome.billed == outcome.usd <= outcome.duration
+    assert (received.framing.kind, received.framing.length) == ("length", len(received.body))
 
 
 class Notes:

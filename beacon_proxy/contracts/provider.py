@@ -111,9 +111,9 @@ class Reply(Protocol):
     def billed(self, seconds: float, *, running: bool = False) -> None:
         """The provider says how many seconds it bills for this request.
 
-        Without it they are counted by our own clock, from the connect to the end. It may be called
-        until the answer has ended, and the last word holds; where the work is still `running`, our
-        clock goes on from there.
+        Without it they are counted by our own clock, from when `carry` is called to the end: so say
+        0.0 until the work is taken. It may be called until the answer has ended, and the last word
+        holds; where the work is still `running`, our clock goes on from there.
         """
         ...
 

@@ -4,7 +4,9 @@ Rule 1: `executionTime` is billed. Until it is told, so is the time since the jo
 Rule 2: the wait in the queue is not billed, but a worker's start is, the loading of the model
 included, and RunPod counts both as `delayTime`. A job is held to have waited for a start where it
 waited a second or more and no job of this endpoint had run here within `STAYS_WARM`.
-Rule 3: what RunPod bills beside is of a worker and of no one request: the rest of a started second,
+Rule 3: what RunPod never took costs nothing: a wait for our own pace, a connection that is not
+made, a refusal. What it may have taken, for its answer was lost, is counted by our clock.
+Rule 4: what RunPod bills beside is of a worker and of no one request: the rest of a started second,
 and its idle time after the last job.
 """
 
@@ -12,16 +14,15 @@ from __future__ import annotations
 
 from beacon_proxy.contracts import Clock, Reply
 
-from .call import Endpoint
+from .endpoint import STAYS_WARM, Endpoint
 from .job import Job
 
-STAYS_WARM = 5.0  # s, RunPod's default idle timeout
 _START = 1.0  # s in the queue; what is shorter is the queue's own work
 _LONGEST = 7 * 86_400.0  # s, the most that RunPod lets a job run or wait
 
 
 class Bill:
-    """The bill of one job; made when it is submitted."""
+    """The bill of one job, from before it is submitted."""
 
     def __init__(self, endpoint: Endpoint, reply: Reply, clock: Clock) -> None:
         self._endpoint = endpoint
@@ -31,6 +32,15 @@ class Bill:
         self._cold = now - endpoint.last_ran >= STAYS_WARM
         self._ran_from: float | None = None
         self._delay: float | None = None  # s, as RunPod tells it
+
+    def sent(self) -> None:
+        """The submission goes out: from here on the job may be taken, and run."""
+        self._submitted = self._clock()
+        self._reply.billed(0.0, running=True)
+
+    def refused(self) -> None:
+        """RunPod did not take it."""
+        self._reply.billed(0.0)
 
     def note(self, job: Job) -> None:
         """Tell what one look at the job says of it."""

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import re
-from math import inf
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from beacon_proxy.contracts import Clock, Fault, Headers
+from beacon_proxy.contracts import Fault, Headers
 
 from ..reading import load
+from .endpoint import Endpoint
 from .job import Failed, Failure, Job
-from .pace import Budget, Operation, Pace
+from .pace import Operation, Pace
 
 if TYPE_CHECKING:
     import aiohttp
@@ -46,25 +47,10 @@ class Refused(Exception):
         super().__init__(f"RunPod answers {status}")
         self.status, self.headers, self.body = status, headers, body
 
-
-class Endpoint:
-    """What is known of one endpoint's queue: its budgets, and how it wants to be asked.
-
-    Attributes:
-        calls: that are open, or still being stopped.
-        last_ran: when a job was last seen to run, or to have run (monotonic s).
-    """
-
-    def __init__(self, url: str, clock: Clock) -> None:
-        self.url = url
-        self.budgets = {operation: Budget(operation, clock) for operation in Operation}
-        self.posts = False  # the SDK's local server takes POST alone, also for `/status`
-        self.calls = 0
-        self.last_ran = -inf
-
     @property
-    def idle(self) -> bool:
-        return not self.calls and all(budget.idle for budget in self.budgets.values())
+    def taken(self) -> bool:
+        """Whether the job may be in the queue all the same: a gateway's 5xx does not say."""
+        return self.status >= 500
 
 
 class Call:
@@ -87,8 +73,8 @@ class Call:
         self._unknown = False  # it was submitted, and nobody knows what became of it
         self.over = self.answered = False
 
-    async def submit(self, operation: Operation, body: bytes) -> Job:
-        """Put the job into the queue.
+    async def submit(self, operation: Operation, body: bytes, sending: Callable[[], None]) -> Job:
+        """Put the job into the queue; `sending` is called as it goes out.
 
         In a task of its own: who is cancelled meanwhile still needs the id.
 
@@ -96,7 +82,7 @@ class Call:
             Refused, Failed: there is no job. aiohttp's errors pass through.
         """
         await self._endpoint.budgets[operation].take()
-        work = self._submit(operation, body)
+        work = self._submit(operation, body, sending)
         self._submitting = asyncio.create_task(work, name=f"runpod {operation}")
         # Nobody else waits for it, and it raises nothing: what it found is noted here.
         await asyncio.shield(self._submitting)
@@ -110,10 +96,13 @@ class Call:
         assert problem is not None
         return problem
 
-    async def _submit(self, operation: Operation, body: bytes) -> None:
+    async def _submit(self, operation: Operation, body: bytes, sending: Callable[[], None]) -> None:
         query = f"?wait={_WAIT}" if operation is Operation.RUNSYNC else ""
+        target, length = f"/{operation}{query}", {"Content-Length": str(len(body))}
         try:
-            status, headers, said = await self._ask("POST", f"/{operation}{query}", body, None)
+            status, headers, said = await self._ask(
+                "POST", target, _noticed(body, sending), None, length
+            )
             if not 200 <= status < 300:
                 raise Refused(status, headers, said)
             self._job = await self._read(said)
@@ -271,7 +260,12 @@ class Call:
         return quote(self._job.id, safe="")
 
     async def _ask(
-        self, method: str, target: str, body: bytes | None, limit: float | None
+        self,
+        method: str,
+        target: str,
+        body: bytes | AsyncIterator[bytes] | None,
+        limit: float | None,
+        fields: dict[str, str] | None = None,
     ) -> tuple[int, Headers, bytes]:
         from aiohttp import ClientTimeout
 
@@ -279,7 +273,7 @@ class Call:
             method,
             self._endpoint.url + target,
             data=body,
-            headers=self._headers,
+            headers=self._headers | (fields or {}),
             timeout=ClientTimeout(total=limit, sock_connect=_CONNECT_LIMIT),
             allow_redirects=False,
         ) as response:
@@ -289,6 +283,12 @@ class Call:
                 if len(said) > _ANSWER_MOST:
                     raise Failed(Failure(Fault.MALFORMED, "RunPod's answer is too large"))
             return response.status, response.raw_headers, bytes(said)
+
+
+async def _noticed(body: bytes, sending: Callable[[], None]) -> AsyncIterator[bytes]:
+    """The body; aiohttp takes it once there is a connection to write it to."""
+    sending()
+    yield body
 
 
 def _job_in(said: bytes) -> Job:
@@ -303,13 +303,13 @@ def _job_in(said: bytes) -> Job:
 def _may_have_been_taken(problem: Exception) -> bool:
     """Whether the job may be in the queue although its submission failed.
 
-    A gateway's 5xx, a connection that breaks and an answer that is cut come after RunPod may have
-    taken it; a connection that was never made, and a refusal, do not.
+    A connection that breaks and an answer that is cut come after RunPod may have taken it; a
+    connection that was never made, and a refusal, do not.
     """
     from aiohttp import ClientConnectorError, ConnectionTimeoutError
 
     if isinstance(problem, Refused):
-        return problem.status >= 500
+        return problem.taken
     return not isinstance(problem, ClientConnectorError | ConnectionTimeoutError)
 
 

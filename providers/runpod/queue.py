@@ -19,7 +19,8 @@ from beacon_proxy.contracts import Backend, Clock, Dialect, Fault, Headers, Repl
 
 from .answer import NoAnswer, document_of
 from .bill import Bill
-from .call import Call, Endpoint, Refused
+from .call import Call, Refused
+from .endpoint import Endpoint
 from .events import is_stream, stream_for
 from .input import body_of
 from .job import Failed, Failure, Job, error_in
@@ -54,6 +55,7 @@ class Queue:
         session: aiohttp.ClientSession,
     ) -> None:
         """See `contracts.Carries`; `url` is the endpoint's, `headers` go with each call to it."""
+        reply.billed(0.0)  # nothing has gone out
         try:
             body = body_of(backend, submission, self._clock())
         except ValueError as exc:
@@ -116,6 +118,8 @@ async def _bring(call: Call, submission: Submission, body: bytes, reply: Reply, 
         else:
             await _document(call, submission, body, reply, bill)
     except Refused as exc:
+        if not exc.taken:
+            bill.refused()
         _refuse(reply, exc)
     except Failed as exc:
         failure = exc.failure
@@ -131,7 +135,7 @@ async def _bring(call: Call, submission: Submission, body: bytes, reply: Reply, 
 async def _document(
     call: Call, submission: Submission, body: bytes, reply: Reply, bill: Bill
 ) -> None:
-    job = await _result(call, await call.submit(Operation.RUNSYNC, body), reply, bill)
+    job = await _result(call, await call.submit(Operation.RUNSYNC, body, bill.sent), reply, bill)
     output = job.output
     if output in (None, []):  # a generator whose pieces the worker does not put together
         job = await call.last_look()
@@ -178,7 +182,7 @@ class _Streaming:
 
     async def run(self, body: bytes) -> None:
         reply, pace, completed = self._reply, Pace(), False
-        before = await self._call.submit(Operation.RUN, body)
+        before = await self._call.submit(Operation.RUN, body, self._bill.sent)
         self._bill.note(before)
         if failure := before.failure():
             raise Failed(failure)

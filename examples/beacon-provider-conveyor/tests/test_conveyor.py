@@ -41,6 +41,7 @@ class Recorded:
         self.spoke = asyncio.Event()
         self.fault: Fault | None = None
         self.cold: float | None = None
+        self.bills: list[tuple[float, bool]] = []
 
     def head(self, status: int, headers: Headers) -> None:
         self.status, self.headers = status, headers
@@ -63,6 +64,9 @@ class Recorded:
 
     def started_cold(self, seconds: float) -> None:
         self.cold = seconds
+
+    def billed(self, seconds: float, *, running: bool = False) -> None:
+        self.bills.append((seconds, running))
 
 
 @dataclass
@@ -156,6 +160,7 @@ async def test_carry_when_refused_passes_status_and_wait_on(place: Place) -> Non
     place.service.refusal = web.json_response(full, status=429, headers={"Retry-After": "7"})
     reply = await place.carry(chat())
     assert (reply.status, (b"Retry-After", b"7") in reply.headers) == (429, True)
+    assert reply.bills == [(0.0, False)], "what it does not take it does not charge"
 
 
 async def test_carry_when_the_job_fails_before_any_text_is_an_error(place: Place) -> None:

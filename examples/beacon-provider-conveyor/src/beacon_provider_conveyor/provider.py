@@ -108,6 +108,7 @@ class Conveyor(Provider):
             _refuse(reply, 400, "not a chat request")  # the client's mistake, not the backend's
             return
         desk = Desk(backend, session)
+        reply.billed(0.0)  # Conveyor charges for no job that it does not take
         leaving = asyncio.ensure_future(desk.leave(job))
         try:
             # Shielded: a job whose id is lost on its way back could not be taken back.
@@ -115,6 +116,7 @@ class Conveyor(Provider):
             if status != 201:
                 _refuse(reply, status, str(said.get("message")), wait)
                 return
+            reply.billed(0.0, running=True)
             voice = Lines(said["id"]) if prompt else chat_voice(said["id"], chat)
             await self._bring(desk, said, voice, submission.stream, reply)
         except (asyncio.CancelledError, aiohttp.ClientError, TimeoutError):
