@@ -21,6 +21,7 @@ from beacon_proxy.contracts import (
     Outcome,
     Permit,
     Stage,
+    Typical,
     Verdict,
 )
 from beacon_proxy.errors import BudgetExceeded, Limited
@@ -577,6 +578,54 @@ def test_limit_when_a_budget_stands_in_the_way_of_one_that_is_what_waiting_helps
     assert "'b'" in error.message
 
 
+# -- no estimate shuts a door for good -----------------------------------------------------------
+
+
+def known(seconds: float, at: float) -> Live:
+    return Live(typical={None: Typical(billed=seconds, at=at)})
+
+
+@pytest.mark.parametrize(
+    ("terms", "max_price"), [((Terms(usd=0.5),), None), ((), 0.5)], ids=["budget", "limit"]
+)
+def test_estimate_when_it_had_no_news_for_long_lets_one_in_that_may_correct_it(
+    terms: tuple[Terms, ...], max_price: float | None
+) -> None:
+    """One long answer shut a model out until the process began anew: 429, and nothing was spent."""
+    scene = Scene(terms, max_price, seconds=1.0)
+    row = Candidate(fact("a", 1.0), known(1.0, at=scene.now))
+
+    def fits() -> bool:
+        return bool(scene.budgets.part(scene.exchange(), [row])[0])
+
+    assert not fits()
+    scene.pass_by(60.0)
+    assert not fits()
+    scene.pass_by(290.0)
+    assert not fits()
+    scene.pass_by(20.0)
+    assert fits()
+
+
+def test_estimate_when_it_is_above_a_budget_lets_one_in_and_not_two() -> None:
+    scene = Scene((Terms(usd=0.5),), seconds=1.0)
+    row = Candidate(fact("a", 1.0), known(1.0, at=scene.now - 1000.0))
+    one, other = scene.exchange(), scene.exchange()
+    assert scene.budgets.part(one, [row])[0]
+    permit = scene.budgets.admit(one, row.backend)
+    assert not scene.budgets.part(other, [row])[0]
+    permit.release()
+    assert scene.budgets.part(other, [row])[0]
+
+
+def test_estimate_when_it_is_a_guess_is_believed_less_and_less_too() -> None:
+    """Without one answer nothing else would ever be known."""
+    scene = Scene((), 0.5, seconds=1.0)
+    assert scene.fits(scene.exchange()) == []
+    scene.pass_by(370.0)
+    assert scene.fits(scene.exchange()) == ["a"]
+
+
 # -- for any interleaving ------------------------------------------------------------------------
 
 BACKENDS = (
@@ -652,6 +701,9 @@ def check_books(scene: Scene, books: list[Counted]) -> None:
                 max(0.0, cost - one.running.estimate)
                 for one, cost in zip(runs, so_far, strict=True)
             )
+            # One that nobody had news of for long, into a budget that nobody had touched.
+            over = (one.running.estimate - terms.usd for one in ours if terms.usd)
+            beyond += max([0.0, *over])
             assert account.spent + account.held <= terms.usd + beyond + HAIR
 
 

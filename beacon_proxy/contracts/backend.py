@@ -93,6 +93,7 @@ class Typical:
     billed: float = 0.0  # s, without a cold start
     input: float = 0.0  # tokens
     output: float = 0.0
+    at: float = inf  # monotonic s: when the newest ended; inf: it is no news of ours
     # s that about the quickest one in a hundred took in all, without a cold start. It begins far
     # below, so that little is claimed before some hundred were seen; 0: none was.
     quickest: float = 0.0

@@ -133,6 +133,11 @@ class Budget:
         """The account as it stands, to be read only."""
         return self._accounts.get(self._key(tenant), _UNTOUCHED)
 
+    def is_untouched(self, tenant: str | None) -> bool:
+        """Whether nothing of it is spent or held in this window."""
+        account = self.look(tenant)
+        return not (account.spent or account.held)
+
     def account(self, tenant: str | None) -> Account:
         return self._accounts.setdefault(self._key(tenant), Account())
 

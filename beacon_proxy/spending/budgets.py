@@ -10,6 +10,9 @@ Rule 3: when it ends, what it held is given back and what it cost is spent, in o
     all of it in the window that is then. Before a window is new, it holds what still runs.
 Rule 4: what costs nothing fits, even where all is spent.
 Rule 5: nothing that runs is cut.
+Rule 6: no estimate shuts a door for good: what is refused by it is never made, and would never
+    correct it. So it is believed less and less once it had no news for a minute: by a price limit,
+    and by a budget that is smaller than it and of which nothing is spent or held.
 So `spent + held` passes a budget only by what attempts cost beyond what was held for them when the
 last one was let in: by no more than one estimate each where none costs over twice its estimate.
 """
@@ -39,6 +42,8 @@ from ..errors import BudgetExceeded, Limited
 from .accounts import HAIR, Budget, Hold, Past, Terms
 
 _LOOK_PAUSE = 1.0  # s between two looks at what runs
+_NEWS = 60.0  # s that an estimate stands without news; see rule 6
+_HALF_LIFE = 300.0  # s, from then on
 _UNCHANGING = 60.0  # s, to who asks for less than anybody is expected to cost
 
 Expected = Callable[[Backend, Live, str | None, float], float]  # `Estimates.usd`
@@ -76,6 +81,7 @@ class Budgets:
         self._expected = expected
         self._max_price = max_price
         self._clock, self._unix, self._notify = clock, unix, notify
+        self._since = clock()
         self._look_pause, self._looked = look_pause, -inf
         self.bounded = bool(self._budgets) or max_price is not None
         self._running: dict[int, Hold] = {}  # by the id() of the exchange
@@ -100,14 +106,30 @@ class Budgets:
             if usd <= least:
                 fitting.append(candidate)
                 continue
-            full = tuple([b for b, room in rooms if usd > room and b.covers(backend)])
-            if usd > most:
+            believed = usd * self._believed(candidate, work, now)
+            full = tuple(
+                [
+                    b
+                    for b, room in rooms
+                    if usd > room
+                    and b.covers(backend)
+                    and not (believed <= b.usd and b.is_untouched(exchange.tenant))
+                ]
+            )
+            if believed > most:
                 refused.append(Refused(candidate, usd, ()))
             elif full:
                 refused.append(Refused(candidate, usd, full))
             else:
                 fitting.append(candidate)
         return fitting, refused
+
+    def _believed(self, candidate: Candidate, work: str | None, now: float) -> float:
+        """How much of an estimate is believed, 0..1; see rule 6."""
+        live = candidate.live
+        typical = live.typical.get(work) or live.usual
+        at = max(self._since, candidate.backend.joined) if typical is None else typical.at
+        return float(0.5 ** (max(now - at - _NEWS, 0.0) / _HALF_LIFE))
 
     def _most(self, exchange: Exchange) -> float:
         """USD that the next attempt of an exchange may cost."""

@@ -42,6 +42,7 @@ class Estimates:
             work, typical = _begin(known, work, outcome.duration)
         known[work] = typical  # what was learnt last stands last
         billed, duration = outcome.billed, outcome.duration
+        typical.at = at = outcome.started + duration
         if outcome.cold_start is not None:
             if billed > outcome.cold_start:
                 billed -= outcome.cold_start
@@ -56,6 +57,7 @@ class Estimates:
             if usual is None:
                 usual = live.usual = Typical()
                 self._usual.append(usual)
+            usual.at = at
             old = usual.billed
             usual.billed = old + _WEIGHT * (billed - old) if old else billed
             if outcome.usage is not None and outcome.backend.token_price is not None:
