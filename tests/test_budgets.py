@@ -233,6 +233,55 @@ def test_budget_when_the_clock_is_set_back_forgets_nothing_but_for_a_long_way(
     assert scene.spent == (0.5 if kept else 0.0)
 
 
+@pytest.mark.parametrize("per", ["minute", "hour", "day", "month"])
+@pytest.mark.parametrize("windows", [1, 3, -1, -30])
+def test_budget_when_the_clock_is_wrong_for_a_moment_has_spent_the_same_after(
+    per: str, windows: int
+) -> None:
+    """A day ahead it began anew, and once right again it was still as good as new."""
+    scene = Scene((Terms(per=per, scope="tenant", usd=10.0),), seconds=1.0)
+    scene.unix += 20.0
+    across = begun(scene.begin(tenant="b"))
+    scene.end(begun(scene.begin(tenant="a")), usd=9.5)
+    right = scene.unix
+    scene.unix += windows * 31 * 86_400.0
+    if windows != -1:
+        assert (scene.spent, scene.held) == (0.0, 1.0)
+    scene.unix = right
+    assert (scene.spent, scene.gauge("budget_used_ratio")) == (9.5, 0.95)
+    assert scene.begin(tenant="a") is None
+    assert scene.begin(tenant="c") is not None
+    scene.end(across, usd=9.75)
+    assert scene.spent == 9.75
+
+
+def test_budget_when_money_was_spent_while_the_clock_was_ahead_knows_it_when_that_day_comes() -> (
+    None
+):
+    scene = Scene((Terms(usd=10.0),))
+    scene.end(begun(scene.begin()), usd=9.5)
+    scene.unix += 86_400.0
+    scene.end(begun(scene.begin()), usd=4.0)
+    assert scene.spent == 4.0
+    scene.unix -= 86_400.0
+    scene.end(begun(scene.begin()), usd=0.25)
+    assert scene.spent == 9.75
+    scene.unix += 86_400.0
+    assert scene.spent == 4.0
+    scene.unix += 86_400.0
+    assert scene.spent == 0.0
+
+
+def test_event_when_the_clock_was_ahead_for_a_moment_is_not_told_again() -> None:
+    scene = Scene((Terms(usd=0.1),))
+    scene.refusal(scene.exchange())
+    scene.unix += 86_400.0
+    scene.gauges()
+    scene.unix -= 86_400.0
+    scene.refusal(scene.exchange())
+    assert len(scene.told) == 1
+
+
 # -- room ----------------------------------------------------------------------------------------
 
 

@@ -6,8 +6,9 @@ or one a tenant. See `budgets` for the rules.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..contracts import Backend, Exchange
 
@@ -73,6 +74,15 @@ def window(per: str, unix: float) -> tuple[float, float]:
     return begun, begun + length
 
 
+class Remembered(NamedTuple):
+    """The window before, and what was spent in it."""
+
+    begun: float  # unix s
+    ends: float
+    told: bool = False
+    spent: Mapping[str, float] = {}
+
+
 class Account:
     """USD spent in a window and held for what runs."""
 
@@ -108,6 +118,7 @@ class Budget:
         self._accounts: dict[str, Account] = {}
         self.begun, self.ends = window(self.per, unix)
         self.told = False
+        self._before: Remembered | None = None  # the one that was left
 
     def covers(self, backend: Backend) -> bool:
         return not self._field or getattr(backend, self._field) == self._of
@@ -116,14 +127,27 @@ class Budget:
         return not self._field or getattr(past, self._kind) == self._of
 
     def roll(self, unix: float) -> None:
-        """Begin anew if the window is over. A clock that is set back a little begins nothing."""
-        if 2 * self.begun - self.ends <= unix < self.ends:
+        """Begin anew if the window is over.
+
+        A clock that was ahead for a moment, or is set back, finds what was spent in the window that
+        it left. Set back a little beyond that it begins nothing.
+        """
+        if self.begun <= unix < self.ends:
             return
-        self.begun, self.ends = window(self.per, unix)
-        self.told = False
-        self._accounts = {key: each for key, each in self._accounts.items() if each.running}
+        to = self._before
+        if to is None or not to.begun <= unix < to.ends:
+            if 2 * self.begun - self.ends <= unix < self.begun:
+                return
+            to = Remembered(*window(self.per, unix))
+        accounts = self._accounts
+        spent = {key: each.spent for key, each in accounts.items() if each.spent}
+        self._before = Remembered(self.begun, self.ends, self.told, spent)
+        self._accounts = {key: each for key, each in accounts.items() if each.running}
         for account in self._accounts.values():
             account.spent, account.refuses = 0.0, False
+        self.begun, self.ends, self.told = to.begun, to.ends, to.told
+        for key, usd in to.spent.items():
+            self._accounts.setdefault(key, Account()).spent = usd
 
     def _key(self, tenant: str | None) -> str:
         key = (tenant or "") if self.each_tenant else ""
