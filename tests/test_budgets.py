@@ -488,25 +488,42 @@ def test_tenant_when_it_has_spent_its_own_leaves_the_others_theirs() -> None:
     assert scene.begin(tenant="") is None  # the same one, and now all is spent or held
 
 
-def test_tenants_when_there_are_too_many_share_one_account(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients make names up; each has a budget of its own until there are too many."""
-    monkeypatch.setattr(accounts, "_TENANTS", 3)
+def test_tenants_when_clients_make_them_up_leave_a_later_one_its_own_account(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once there were 10 000, all later ones of the window shared one budget."""
+    monkeypatch.setattr(accounts, "_TENANTS", 20)
     scene = Scene((Terms(scope="tenant", per="hour"),), seconds=0.5)
-    for tenant in "abc":
-        scene.end(begun(scene.begin(tenant=tenant)), usd=0.6)
-    others = begun(scene.begin(tenant="d"))
-    scene.end(others, usd=0.6)
-    assert scene.begin(tenant="e") is None
-    assert scene.begin(tenant="a") is None
+    scene.end(begun(scene.begin(tenant="spent")), usd=0.6)
+    across = begun(scene.begin(tenant="runs"))
+    for number in range(100):
+        scene.end(begun(scene.begin(tenant=f"made up {number}")), usd=0.001)
+        scene.refusal(scene.exchange(f"refused {number}"), fact(price=9.0))
     (budget,) = scene.budgets._budgets
-    assert len(budget._accounts) == 4
-    scene.pass_by(3600)
-    across = begun(scene.begin(tenant="e"))
-    scene.pass_by(3600)
-    assert scene.held == 3600
-    assert list(budget._accounts) == ["e"]  # the others' window is over
+    assert len(budget._accounts) <= 20
+    scene.end(begun(scene.begin(tenant="real")), usd=0.6)
+    assert scene.begin(tenant="real") is None
+    assert scene.begin(tenant="spent") is None, "who spent most is remembered"
+    assert scene.begin(tenant="runs") is not None, "0.5 each"
+    assert scene.begin(tenant="runs") is None, "and so is who holds for what runs"
+    assert scene.begin(tenant="another") is not None
     scene.end(across, usd=0.1)
-    assert (scene.spent, scene.held) == (0.1, 0.0)
+
+
+def test_tenants_when_more_run_than_are_remembered_are_held_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(accounts, "_TENANTS", 3)
+    scene = Scene((Terms(scope="tenant", per="hour"),), seconds=0.6)
+    running = [begun(scene.begin(tenant=tenant)) for tenant in "abcdef"]
+    assert [scene.begin(tenant=tenant) for tenant in "abcdef"] == [None] * 6
+    for each in running:
+        scene.end(each, usd=0.1)
+    scene.end(begun(scene.begin(tenant="g")), usd=0.1)
+    (budget,) = scene.budgets._budgets
+    for tenant in "hijkl":
+        scene.end(begun(scene.begin(tenant=tenant)), usd=0.1)
+    assert len(budget._accounts) <= 6
 
 
 @pytest.mark.parametrize(

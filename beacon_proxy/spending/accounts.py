@@ -14,8 +14,8 @@ from ..contracts import Backend, Exchange
 
 HAIR = 1e-12  # USD that a sum of floats may be off by
 _LENGTHS = {"minute": 60.0, "hour": 3600.0, "day": 86_400.0}  # s
-_TENANTS = 10_000  # that have an account of their own, a budget; clients make them up
-_OTHERS = "*"  # the account of all further ones; no tenant is called so
+_TENANTS = 10_000  # whose accounts are remembered, a budget; clients make them up
+_AT_ONCE = 10  # one in so many is forgotten at once: to look for them takes milliseconds
 _SOON = 5.0  # s, to who finds no room only for what runs
 
 
@@ -149,13 +149,9 @@ class Budget:
         for key, usd in to.spent.items():
             self._accounts.setdefault(key, Account()).spent = usd
 
-    def _key(self, tenant: str | None) -> str:
-        key = (tenant or "") if self.each_tenant else ""
-        return _OTHERS if len(self._accounts) >= _TENANTS and key not in self._accounts else key
-
     def look(self, tenant: str | None) -> Account:
         """The account as it stands, to be read only."""
-        return self._accounts.get(self._key(tenant), _UNTOUCHED)
+        return self._accounts.get((tenant or "") if self.each_tenant else "", _UNTOUCHED)
 
     def is_untouched(self, tenant: str | None) -> bool:
         """Whether nothing of it is spent or held in this window."""
@@ -163,7 +159,20 @@ class Budget:
         return not (account.spent or account.held)
 
     def account(self, tenant: str | None) -> Account:
-        return self._accounts.setdefault(self._key(tenant), Account())
+        key = (tenant or "") if self.each_tenant else ""
+        account = self._accounts.get(key)
+        if account is None:
+            if len(self._accounts) >= _TENANTS:
+                self._forget()
+            account = self._accounts[key] = Account()
+        return account
+
+    def _forget(self) -> None:
+        """Drop the accounts in which least was spent, but for those that hold for what runs."""
+        idle = [key for key, each in self._accounts.items() if not each.running]
+        idle.sort(key=lambda key: self._accounts[key].spent)
+        for key in idle[: _TENANTS // _AT_ONCE + 1]:
+            del self._accounts[key]
 
     def fullest(self) -> Account:
         """The account of which most is used; to be read only."""
