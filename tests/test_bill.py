@@ -240,6 +240,28 @@ async def test_tokens_of_the_translated_route_are_as_its_provider_reads_them(str
     assert (said["tokens_in"], said["tokens_out"]) == (33, 5)
 
 
+@pytest.mark.parametrize("wrong", [1 << 24, 10**400], ids=["too many", "no float"])
+@pytest.mark.parametrize("translated", [False, True])
+async def test_tokens_when_the_count_is_beyond_any_model_are_estimated(
+    translated: bool, wrong: int
+) -> None:
+    """One wrong answer emptied the budget of a month; a longer number was no float."""
+    counts = {"prompt_tokens": wrong, "completion_tokens": wrong}
+    script = json_answer({**CHAT.document, "usage": counts})
+    async with (
+        RawBackend(script) as backend,
+        billing({"url": backend, **BY_TOKENS}) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        data = asks("/inference", size=40) if translated else CHAT.request(stream=False)
+        assert (await client.ask(data)).status == 200
+        (said,) = await p.exchanges(1)
+    (outcome,) = outcomes
+    assert outcome.usage is not None
+    assert outcome.usage.estimated
+    assert said["cost_usd"] < 0.01
+
+
 # -- a client that leaves, a stream that breaks --------------------------------------------------
 
 

@@ -322,7 +322,7 @@ TOLD: dict[str, tuple[Shape, Sequence[bytes], Told]] = {
         (
             *(*TOKENS, FINISH),
             event({"choices": [], "usage": {"prompt_tokens": True, "completion_tokens": -1}}),
-            event({"choices": [], "usage": {"prompt_tokens": 1 << 60, "completion_tokens": "5"}}),
+            event({"choices": [], "usage": {"prompt_tokens": 1 << 24, "completion_tokens": "5"}}),
             DONE,
         ),
         NOTHING,

@@ -13,6 +13,7 @@ from ..contracts import Backend, Fault, Headers, Provider, Reading, Usage
 from ..routing.judge import fault_in, loads, read_document
 from ..wire.answer import Answer
 from ..wire.relay import ClientSink
+from ..wire.usage import believed
 
 ANSWER_CAP = 16 << 20  # bytes of a backend's answer
 EVENT_CAP = 4 << 20  # bytes of one event; Ollama's last has a number for each token of the context
@@ -103,7 +104,7 @@ class Reader:
         """Tell the counts as the provider reads them: some families have names of their own."""
         usage = self.reading.usage
         if usage is not None and answer is not None:
-            answer.told = usage.input or None, usage.output
+            answer.told = believed(usage.input) or None, believed(usage.output)
 
     def _refuse_as(self, read: Reading | None) -> None:
         """By what was read: an error, nothing, or no JSON at all."""

@@ -22,35 +22,40 @@ from .dialects import Shape
 Told = tuple[int | None, int | None]
 NOTHING: Told = (None, None)
 
-_MOST = 1 << 53  # what JSON can say exactly; the log's writer takes no more than 64 bits
+# Tokens; a count that says more is none. The longest context of a model that one can rent holds 10
+# million (Llama 4 Scout). What passed is no bound: thoughts that are billed and not shown, pictures
+# by URL and conversations that a server keeps make a large count of a small body.
+_MOST = 1 << 24
+_EXACT = 1 << 53  # what JSON can say exactly
 _CHOICES = 128  # OpenAI's bound of `n`
 _LOADED = 1.0  # s; Ollama tells of milliseconds where the model was in memory already
 
 
-def _count(value: Any) -> int | None:
+def believed(value: Any) -> int | None:
+    """A count of tokens as a backend says it; None: it is none."""
     return value if type(value) is int and 0 <= value < _MOST else None  # a bool is none
 
 
 def _of_usage(usage: dict[str, Any]) -> Told:
     """What a `usage` object says."""
-    given, made = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+    given, made = believed(usage.get("prompt_tokens")), believed(usage.get("completion_tokens"))
     if given is not None or made is not None:  # OpenAI's
         return given, made
-    given, made = _count(usage.get("input_tokens")), _count(usage.get("output_tokens"))
+    given, made = believed(usage.get("input_tokens")), believed(usage.get("output_tokens"))
     if given is not None:  # Anthropic's, and those of OpenAI's Responses, which has no such caches
-        given += _count(usage.get("cache_read_input_tokens")) or 0
-        given += _count(usage.get("cache_creation_input_tokens")) or 0
+        given += believed(usage.get("cache_read_input_tokens")) or 0
+        given += believed(usage.get("cache_creation_input_tokens")) or 0
     if given is not None or made is not None:
         return given, made
-    return _count(usage.get("total_tokens")), None  # of a reranking
+    return believed(usage.get("total_tokens")), None  # of a reranking
 
 
 def _of_timings(timings: dict[str, Any]) -> Told:
     """What llama.cpp's `timings` say, which it sends where no usage was asked for."""
-    given = _count(timings.get("prompt_n"))
+    given = believed(timings.get("prompt_n"))
     if given is not None:
-        given += _count(timings.get("cache_n")) or 0
-    return given, _count(timings.get("predicted_n"))
+        given += believed(timings.get("cache_n")) or 0
+    return given, believed(timings.get("predicted_n"))
 
 
 def told_by(document: dict[str, Any]) -> Told:
@@ -66,7 +71,9 @@ def told_by(document: dict[str, Any]) -> Told:
     timings = document.get("timings")
     if isinstance(timings, dict):
         return _of_timings(timings)
-    return _count(document.get("prompt_eval_count")), _count(document.get("eval_count"))  # Ollama's
+    return believed(document.get("prompt_eval_count")), believed(
+        document.get("eval_count")
+    )  # Ollama's
 
 
 def load_of(document: dict[str, Any]) -> float | None:
@@ -74,8 +81,8 @@ def load_of(document: dict[str, Any]) -> float | None:
 
     None where it had not to (docs/api.md: `load_duration`, in ns).
     """
-    spent = _count(document.get("load_duration"))
-    seconds = spent / 1e9 if spent is not None else 0.0
+    spent = document.get("load_duration")
+    seconds = spent / 1e9 if type(spent) is int and 0 <= spent < _EXACT else 0.0
     return seconds if seconds >= _LOADED else None
 
 
