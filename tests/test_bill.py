@@ -38,12 +38,14 @@ from .kit import (
     each_request,
     event,
     eventually,
+    header,
     json_answer,
     json_bytes,
     proxy,
     request,
     sse,
 )
+from .kit import answer as raw_answer
 from .test_cases_upg import HANDSHAKE, switch
 from .test_hops import Warming
 from .test_transports import HOPS, JSON, SEE_OTHER, carried, hopping
@@ -191,7 +193,7 @@ async def test_tokens_of_embeddings_when_nobody_counts_are_those_of_the_input_al
         pytest.param(chat(), 400, id="an error"),
         pytest.param(chat(), 500, id="a failure"),
         pytest.param(asks("/v1/messages/count_tokens"), 200, id="a count of tokens, which is free"),
-        pytest.param(asks("/v1/files"), 200, id="no inference"),
+        pytest.param(asks("/v1/files"), 400, id="no inference"),
         pytest.param(request("GET", "/v1/models/m"), 200, id="a question"),
     ],
 )
@@ -206,6 +208,111 @@ async def test_tokens_of_what_runs_no_model_are_none(data: bytes, status: int) -
     assert [(each.usage, each.usd) for each in outcomes] == [(None, 0.0)] * len(outcomes)
     assert outcomes
     assert "tokens_in" not in said
+
+
+UNKNOWN = (
+    "/v1/chat/completions/",
+    "//v1/chat/completions",
+    "/openai/v1/chat/completions",
+    "/v1/audio/transcriptions",
+)
+
+
+@pytest.mark.parametrize("path", UNKNOWN)
+@pytest.mark.parametrize("name", ["chat, include_usage", "messages", "responses", "ollama", ""])
+async def test_tokens_on_a_path_that_we_do_not_know_are_billed_as_they_are_counted(
+    path: str, name: str
+) -> None:
+    """And the answer goes on as it comes: nothing is held for them, no byte is another one."""
+    more = asyncio.Event()
+    if name:
+        shape, pieces, told = TOLD[name]
+        kind = b"application/x-ndjson" if shape is Shape.OLLAMA else b"text/event-stream"
+    else:
+        first, then = json.dumps({"text": "y" * 40_000, **GOOD}).encode().split(b"{", 1)
+        pieces, told, kind = (first + b"{", then), (33, 5), b"application/json"
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n"
+
+    async def script(conn: BackendConn) -> None:
+        async for _ in each_request(conn):
+            await conn.send(head % (kind, len(b"".join(pieces))) + pieces[0])
+            await more.wait()
+            await conn.send(b"".join(pieces[1:]))
+
+    async with (
+        RawBackend(script) as backend,
+        billing({"url": backend, **BY_TOKENS}) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        await client.send(asks(path, stream=bool(name)))
+        head_got = await client.head()
+        more.set()
+        got = await client.body(head_got, "POST")
+        (line,) = await p.exchanges(1)
+    assert (got.complete, got.body) == (True, b"".join(pieces))
+    assert header(head_got.headers, "content-length") == [b"%d" % len(got.body)]
+    assert [each.usage for each in outcomes] == [Usage(*told)]  # type: ignore[arg-type]
+    assert outcomes[0].usd == pytest.approx(33e-6 + 5 * 10e-6)
+    assert (line["tokens_in"], line["tokens_out"]) == (33, 5)
+
+
+NO_WORD = {
+    "json": (b"application/json", json.dumps({"text": "hi"}).encode(), b""),
+    "text": (b"text/plain", b'{"usage": {"prompt_tokens": 1', b""),
+    "gzip": (b"application/json", gzip.compress(json.dumps(GOOD).encode()), b"gzip"),
+    "stream": (b"text/event-stream", b"".join((*TOKENS, FINISH)), b""),
+    "nothing": (b"audio/mpeg", b"", b""),
+}
+
+
+@pytest.mark.parametrize("name", NO_WORD)
+async def test_cost_on_a_path_that_we_do_not_know_is_what_was_expected_where_nobody_counts(
+    name: str,
+) -> None:
+    kind, body, coding = NO_WORD[name]
+    fields = b"Content-Type: %b\r\nContent-Length: %d\r\n" % (kind, len(body))
+    if coding:
+        fields += b"Content-Encoding: %b\r\n" % coding
+    async with (
+        RawBackend(raw_answer(b"HTTP/1.1 200 OK\r\n" + fields + b"\r\n" + body)) as backend,
+        billing({"url": backend, **BY_TOKENS}) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        got = await client.ask(asks("/v1/audio/speech"))
+        (line,) = await p.exchanges(1)
+    assert got.body == body
+    (outcome,) = outcomes
+    assert outcome.usage is None
+    assert outcome.usd == outcome.expected_usd == pytest.approx(200e-6 + 200 * 10e-6)
+    assert line["cost_usd"] == pytest.approx(outcome.usd)
+
+
+async def test_cost_on_a_path_that_we_do_not_know_is_seconds_where_those_are_billed() -> None:
+    async with (
+        RawBackend(json_answer(GOOD)) as backend,
+        billing(backend) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        await client.ask(asks("/openai/v1/chat/completions"))
+        await p.exchanges(1)
+    assert [each.usage for each in outcomes] == [None]
+    assert 0 < outcomes[0].usd == outcomes[0].billed
+
+
+async def test_budget_when_a_path_is_spelt_another_way_is_spent_all_the_same() -> None:
+    """The first says how dear it is; nobody gets a second one by asking elsewhere."""
+    dear = {**GOOD, "usage": {"prompt_tokens": 1_000_000, "completion_tokens": 0}}
+    daily = {"name": "daily", "scope": "all", "per": "day", "usd": 1.0}
+    for first in UNKNOWN:
+        async with (
+            RawBackend(json_answer(dear)) as backend,
+            billing({"url": backend, **BY_TOKENS}, budgets=[daily]) as (p, _),
+            RawClient(p.port) as client,
+        ):
+            statuses = [
+                (await client.ask(asks(path))).status for path in (first, *UNKNOWN, CHAT.path)
+            ]
+        assert statuses == [200] + [429] * (len(UNKNOWN) + 1)
 
 
 async def test_tokens_of_a_stream_in_a_coding_are_guessed_from_its_size() -> None:

@@ -389,6 +389,37 @@ EVENTS = {
 }
 
 
+LAST_WORDS = {  # of what is kept, where all events of the dialect would have said another thing
+    "llama.cpp, two choices": (33, 7),
+    "llama.cpp, two choices without include_usage": (33, 5),
+    "counts in the first chunk alone": (33, 1),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize("size", [None, 1000])
+def test_counts_of_a_stream_when_its_dialect_is_not_known_are_its_last_word(
+    name: str, size: int | None
+) -> None:
+    _, pieces, told = TOLD[name]
+    ends, stream = Ends(), b"".join(pieces)
+    for at in range(0, len(stream), size or len(stream)):
+        ends.feed(stream[at : at + (size or len(stream))])
+    assert ends.last_word() == LAST_WORDS.get(name, told)
+
+
+@pytest.mark.parametrize("name", ["chat, include_usage", "messages", "responses", "ollama"])
+def test_counts_of_a_long_stream_when_its_dialect_is_not_known_are_its_last_word(name: str) -> None:
+    """Of Anthropic's the input is told at one end, and the output at the other."""
+    _, (first, *rest), told = TOLD[name]
+    ends = Ends(first)
+    for _ in range(20_000):
+        ends.feed(b": nothing to count\n\n" if name != "ollama" else ollama("a"))
+    for piece in rest:
+        ends.feed(piece)
+    assert ends.last_word() == told
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     shape=st.sampled_from(list(EVENTS)),

@@ -247,7 +247,7 @@ class Attempt:
     def expect(self, shape: Shape, stream: bool, upgrade: bool, lone: bool) -> Answer:
         exchange = self.exchange
         # By position: a class called by keywords takes two and a half times as long (3.11).
-        return Answer(
+        answer = Answer(
             self.wire.loop,
             self.patience,
             shape,
@@ -259,6 +259,9 @@ class Attempt:
             self.answer_by(lone) if exchange.deadline_is_ours else inf,
             lone,
         )
+        if not exchange.inference and self._may_be_billed_tokens:
+            answer.count()
+        return answer
 
     async def _upload(
         self, connection: Connection, upload: Upload, answer: Answer, renaming: Renaming | None
@@ -356,8 +359,11 @@ class Attempt:
         usage: Usage | None = None
         if given is not None and made is not None:
             usage = Usage(given, made)
-        elif self.sent and self.exchange.inference:
-            usage = self._usage(verdict)
+        elif self.sent:
+            usage = self._usage(verdict) if self.exchange.inference else self._usage_elsewhere()
+        usd = price_of(self.backend, billed, usage)
+        if usage is None and self._ran_uncounted:
+            usd = self.expected_usd
         return Outcome(
             self.backend,
             self.number,
@@ -377,7 +383,7 @@ class Attempt:
             detail,
             self._cold_start(ttft),
             billed,
-            price_of(self.backend, billed, usage),
+            usd,
             self.expected_usd,
         )
 
@@ -404,6 +410,31 @@ class Attempt:
             self._guess_input() if given is None else given,
             guess if made is None else made,
             estimated=True,
+        )
+
+    @property
+    def _may_be_billed_tokens(self) -> bool:
+        """Whether what is asked, on a path that we do not know, may run a model by the token."""
+        return self.backend.token_price is not None and self.exchange.method == "POST"
+
+    @property
+    def _ran_uncounted(self) -> bool:
+        """Whether it may have cost tokens that nobody will ever tell."""
+        answer = self.answer
+        if self.exchange.inference or answer is None or answer.status is None:
+            return False
+        return 200 <= answer.status < 300 and self._may_be_billed_tokens
+
+    def _usage_elsewhere(self) -> Usage | None:
+        """Tokens of an answer on a path that we do not know, where its backend counted them."""
+        answer = self.answer
+        if answer is None or answer.status is None or answer.status >= 300:
+            return None
+        given, made = answer.tokens()
+        if given is None and made is None:
+            return None
+        return Usage(
+            self._guess_input() if given is None else given, made or 0, estimated=given is None
         )
 
     def _guess_input(self) -> int:

@@ -171,7 +171,7 @@ class Answer:
         self.fault: Fault | None = None
         self.detail = ""
         self.told = NOTHING
-        self._ends: Ends | None = None  # of a document that is passed on before it is whole
+        self._ends: Ends | None = None  # of what is passed on before it is whole
         self.cold_start: float | None = None
         self.billed: float | None = None
         self.billed_from: float | None = None
@@ -283,6 +283,10 @@ class Answer:
         finally:
             self._end()
 
+    def count(self) -> None:
+        """Look for counts of tokens in an answer on whatever path; nothing is held for it."""
+        self._ends = Ends()
+
     # -- the exchange's side ---------------------------------------------------------------------
 
     def next_step(self) -> asyncio.Future[None]:
@@ -346,7 +350,9 @@ class Answer:
         if self.watch is not None:
             told = self.watch.told()
             return self.told if told == NOTHING else told
-        if self.told == NOTHING and self._ends is not None:
+        if self.told == NOTHING and self._ends is not None and not self.coded:
+            if self.head is not None and self.head.events:
+                return self._ends.last_word()
             return told_by(self._ends.document())
         return self.told
 

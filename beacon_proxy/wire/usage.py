@@ -6,7 +6,8 @@ Rule 2: input is all of the prompt. OpenAI's and Ollama's counts hold what came 
     Anthropic's `input_tokens` and llama.cpp's `prompt_n` do not, so it is added.
 Rule 3: the last word holds: counts of a stream are cumulative. Choices that are counted each for
     itself add up in the output; the prompt is one.
-Rule 4: what a backend does not say is guessed from sizes, and called estimated.
+Rule 4: where the dialect is not known, the outermost counts of the events at either end are taken.
+Rule 5: what a backend does not say is guessed from sizes, and called estimated.
 """
 
 from __future__ import annotations
@@ -189,17 +190,53 @@ class Ends:
 
         `inside`: the key of the outermost object whose object has them.
         """
-        tail = bytes(self._tail[-_END:])
         if self.size <= _END:
             return _parsed(self._head) or {}
-        opened, closed = (b'{"%b":{' % inside, b"}}") if inside else (b"{", b"}")
-        for found in list(_KEY.finditer(tail))[-_TRIES:]:  # the first has the others behind it
-            if document := _parsed(opened + tail[found.start(1) :]):
-                return document
-        for found in list(_COUNTS.finditer(self._head))[_TRIES::-1]:
-            if document := _parsed(self._head[: found.end()] + closed):
-                return document
-        return {}
+        tail = bytes(self._tail[-_END:])
+        return _end_of(tail, inside) or _start_of(self._head, inside) or {}
+
+    def last_word(self) -> Told:
+        """What the events at either end say, of a stream of whatever dialect; JSON lines, too."""
+        lines, events = self._head.splitlines(), []
+        if self.size > _END:  # the events at the cuts are longer than what is kept of them
+            begun = lines.pop().removeprefix(b"data:").lstrip() if lines else b""
+            cut, *rest = bytes(self._tail[-_END:]).splitlines() or [b""]
+            for inside in (b"", b"response"):
+                events += [_start_of(begun, inside), _end_of(cut.rstrip(), inside)]
+            lines += rest
+        events += [_parsed(line.removeprefix(b"data:")) for line in lines if _KEY.search(line)]
+        given = made = None
+        for event in events:
+            told = _told_inside(event) if event else NOTHING
+            given = given if told[0] is None else told[0]
+            made = made if told[1] is None else told[1]
+        return given, made
+
+
+def _end_of(tail: bytes, inside: bytes) -> dict[str, Any] | None:
+    """The end of a long document, from the first key of counts on; see `Ends.document`."""
+    opened = b'{"%b":{' % inside if inside else b"{"
+    for found in list(_KEY.finditer(tail))[-_TRIES:]:  # the first has the others behind it
+        if document := _parsed(opened + tail[found.start(1) :]):
+            return document
+    return None
+
+
+def _start_of(head: bytes, inside: bytes) -> dict[str, Any] | None:
+    """The start of a long document, up to the last counts; see `Ends.document`."""
+    for found in list(_COUNTS.finditer(head))[_TRIES::-1]:
+        if document := _parsed(head[: found.end()] + (b"}}" if inside else b"}")):
+            return document
+    return None
+
+
+def _told_inside(event: dict[str, Any]) -> Told:
+    """Counts of an event of whatever dialect; a message that only starts has yet to answer."""
+    for place in (event, event.get("response")):
+        if isinstance(place, dict) and (told := told_by(place)) != NOTHING:
+            return told
+    message = event.get("message")
+    return (told_by(message)[0], None) if isinstance(message, dict) else NOTHING
 
 
 def _parsed(data: bytes) -> dict[str, Any] | None:
