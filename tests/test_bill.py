@@ -67,9 +67,10 @@ CHEAPEST = ("X-Beacon-Cost-Priority", "true")
 async def billing(
     *rows: RawBackend | dict[str, Any], **more: Any
 ) -> AsyncIterator[tuple[Proxy, list[Outcome]]]:
-    """A proxy, and the outcomes of its attempts; a row's price is a dollar a second."""
+    """A proxy, and the outcomes of its attempts; who bills no tokens bills a dollar a second."""
     outcomes: list[Outcome] = []
-    priced = [{**DOLLAR, **({"url": row} if isinstance(row, RawBackend) else row)} for row in rows]
+    given = [{"url": row} if isinstance(row, RawBackend) else row for row in rows]
+    priced = [row if "price_per_million_tokens" in row else {**DOLLAR, **row} for row in given]
     async with proxy(*priced, outcomes=outcomes, **more) as p:
         yield p, outcomes
 

@@ -226,6 +226,27 @@ async def test_stream_when_it_runs_on_beyond_its_estimate_keeps_others_out() -> 
         assert spent_is_logged(p)
 
 
+async def test_stream_when_tokens_are_billed_holds_its_estimate_however_long_it_runs() -> None:
+    go = asyncio.Event()
+    async with (
+        RawBackend(gated(go)) as b,
+        proxy(
+            {"url": b, "price_per_million_tokens": {"input": 1.0, "output": 2.0}},
+            budgets=[budget(1.0)],
+        ) as p,
+        RawClient(p.port) as client,
+    ):
+        later = Later(p)
+        await client.send(chat(stream=True))
+        head = await client.head()
+        later.seconds = 3600.0
+        assert gauge(p, "reserved_usd") == pytest.approx(200e-6 + 2 * 200e-6)
+        go.set()
+        assert (await client.body(head, "POST")).complete
+        await p.exchanges(1)
+        assert 0 < gauge(p, "spent_usd") < 200e-6
+
+
 async def test_budget_of_a_pool_when_it_is_spent_leaves_the_other_pool_to_ask() -> None:
     """The dear one is nearer, and would be asked first."""
     async with (

@@ -55,7 +55,8 @@ server: {host: "::", port: 0, region: EU, drain_timeout: 0, max_body_size: 1, ac
 timeouts: {connect: 1, first_content: 2, document: 3, idle: 4, total: 5}
 backends:
   - {name: golem-us-1, provider: golem, url: "http://127.0.0.1:11434", region: us-east,
-     pool: baseline, price_per_second: 0.0001, max_in_flight: 5, models: ["llama3.2:1b"],
+     pool: baseline, price_per_second: 0.0001, max_in_flight: 5, models: ["llama3.2:1b"]}
+  - {name: hosted, provider: openai, url: "https://127.0.0.1:8443",
      price_per_million_tokens: {input: 0.05, output: 0.2}}
   - {name: golem-us-2, provider: golem, url: "http://127.0.0.1:11435", kind: ollama,
      price_model: rented, price_glm_per_hour: 2.0}
@@ -103,7 +104,7 @@ rates: {GLM: 0.25}
     assert settings.middleware[3].options == {"max_queue": 7, "queue_timeout": 10}
     assert settings.alerts.rules.pool_utilisation is not None
     assert settings.alerts.rules.pool_utilisation.for_ == 60
-    runpod = resolve_backends(settings, plugins())[2]
+    runpod = resolve_backends(settings, plugins())[3]
     assert runpod.region == "eu-west"  # left out: this instance's
     assert (runpod.api_key, runpod.tls_verify) == ("k", False)
 

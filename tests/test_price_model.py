@@ -124,6 +124,11 @@ def test_rented_until_when_it_could_be_misread_is_refused(given: str) -> None:
             "",
             ["price_per_million_tokens: a rented backend bills hours, not tokens"],
         ),
+        (
+            "price_per_second: 0.01, price_per_million_tokens: {input: 1, output: 1}",
+            "",
+            ["price_per_second: must not stand beside price_per_million_tokens: tokens are billed"],
+        ),
     ],
 )
 def test_price_when_it_contradicts_itself_says_where(row: str, more: str, lines: list[str]) -> None:

@@ -145,7 +145,9 @@ class BackendSettings(Section):
         examples=["2027-01-31T12:00:00Z"],
     )
     price_per_million_tokens: TokenPrice | None = Field(
-        default=None, description="USD per million tokens; replaces seconds where tokens are billed"
+        default=None,
+        description="USD per million tokens, where tokens are billed instead of seconds; not beside"
+        " price_per_second",
     )
     aliases: dict[Text, Text] = Field(
         default={},

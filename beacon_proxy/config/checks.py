@@ -168,6 +168,11 @@ def _price_problems(row: Mapping[str, Any], rates: Any) -> Iterator[tuple[str, s
             yield "price_model", "rented needs price_per_hour or price_glm_per_hour"
         for key in given[1:]:
             yield key, f"must not stand beside {given[0]}: a rent has one price"
+    elif row.get("price_per_million_tokens") is not None and "price_per_second" in given:
+        yield (
+            "price_per_second",
+            "must not stand beside price_per_million_tokens: tokens are billed",
+        )
 
 
 def _two_names(aliases: Any) -> str | None:

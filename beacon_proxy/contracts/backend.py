@@ -57,7 +57,7 @@ class Backend:
     price_model: str = "serverless"  # serverless | rented
     price_per_second: float = 0.0  # USD that a second of work costs more than a second of none
     idle_price_per_second: float = 0.0  # USD, paid busy or idle (rented)
-    token_price: TokenPrice | None = None  # where tokens are billed instead of seconds
+    token_price: TokenPrice | None = None  # where tokens are billed; a second then costs nothing
     rented_until_unix: float = inf  # s: who uses a rented one beyond that hires it anew
     max_in_flight: int = 8
     models: frozenset[str] | None = None  # canonical, as configured, aliases too; None: ask
