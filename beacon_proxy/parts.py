@@ -118,6 +118,7 @@ def make_alerts(
         lines_lost=lambda: telemetry.lines_lost,
         discovery=dict if refresher is None else refresher.answering,
         limits=chain.limits,
+        tenant_budgets={each.name for each in settings.budgets if each.scope == "tenant"},
     )
     return Watch(
         settings.alerts,

@@ -120,6 +120,26 @@ async def test_provider_when_its_only_backend_dies_is_down_without_any_webhook()
     assert active['{rule="provider_down"}'] == 1.0
 
 
+async def test_budgets_when_they_refuse_by_design_wake_nobody() -> None:
+    """One of nothing holds for rented nodes; one of a tenant is that tenant's trouble."""
+    budgets = [
+        {"name": "rented", "scope": "pool:baseline", "per": "month", "usd": 0},
+        {"name": "each", "scope": "tenant", "per": "month", "usd": 0.01},
+        {"name": "daily", "scope": "all", "per": "month", "usd": 0.01},
+    ]
+    async with RawBackend(json_answer(DOCUMENT)) as backend:
+        row = {"url": backend, "price_per_second": 1.0}
+        sections = {"budgets": budgets, "limits": {"tenant_header": "X-Tenant"}}
+        async with (
+            proxy({**row, "pool": "baseline"}, row, alerts=alerts(budget={}), **sections) as p,
+            RawClient(p.port) as client,
+        ):
+            assert (await client.ask(chat(headers=[("X-Tenant", "acme")]))).status == 429
+            await eventually(lambda: len(p.events("alert.began")) >= 3)
+    told = {(each["subject"], each["severity"]) for each in p.events("alert.began")}
+    assert told == {("each", "warning"), ("daily", "warning"), ("daily", "critical")}
+
+
 async def test_traffic_when_alerts_pour_out_and_their_webhook_hangs_is_untouched() -> None:
     def used_up() -> Iterator[Gauge]:
         for number in range(900):

@@ -173,6 +173,7 @@ class Scene:
     queue: tuple[int, int] = (0, 100)
     lines_lost: int = 0
     limits: tuple[Callable[[Backend], int], ...] = ()
+    tenant_budgets: frozenset[str] = frozenset()
     sources: dict[str, bool] = field(default_factory=dict)
     pause: float = 0.0
     now: float = 10_000.0
@@ -192,6 +193,7 @@ class Scene:
                 lines_lost=lambda: self.lines_lost,
                 discovery=lambda: self.sources,
                 limits=self.limits,
+                tenant_budgets=self.tenant_budgets,
             ),
             region="us-east",
             clock=lambda: self.now,
@@ -290,13 +292,13 @@ def test_provider_down_when_none_of_its_backends_can_be_used_is_critical() -> No
     assert scene.look(60) == []
     scene.rows[0].live.healthy = False
     scene.rows[1].live.ejected_until = inf
-    scene.rows[2].live.resting_until = inf
+    scene.rows[2].live.healthy = False
     assert scene.look(25) == []
     assert sorted(scene.look(5)) == [
         "+provider_down/golem/critical",
         "+provider_down/modal/critical",
     ]
-    assert scene.sent[0].says == "provider golem: 0 of 2 backends can be used"
+    assert scene.sent[0].says == "provider golem: 0 of 2 backends are up"
     scene.rows[0].live.healthy = True
     del scene.rows[2]  # discovery says that it is gone
     assert scene.look(25) == []
@@ -306,6 +308,17 @@ def test_provider_down_when_none_of_its_backends_can_be_used_is_critical() -> No
     ]
     assert scene.sent[-1].says == "nothing is known of modal any more"
     assert scene.sent[-1].value is None
+
+
+def test_provider_down_when_its_backends_rest_says_nothing() -> None:
+    """A 429 with a long `Retry-After` is an answer; /health calls the same backend healthy."""
+    scene = Scene({"provider_down": {"for": 0}}, [row("a"), row("b")])
+    for each in scene.rows:
+        each.live.resting_until = inf
+    assert scene.look(600) == []
+    for each in scene.rows:
+        each.live.healthy = False
+    assert scene.look() == ["+provider_down/golem/critical"], "rest or not"
 
 
 def test_provider_down_when_its_backend_only_starts_says_nothing() -> None:
@@ -427,6 +440,35 @@ def test_budget_when_it_fills_begins_twice_each_with_its_own_severity() -> None:
     assert scene.look(55) == []
     assert sorted(scene.look(5)) == ["-budget/daily/critical", "-budget/daily/warning"]
     assert scene.sent[0].key != scene.sent[1].key
+
+
+def test_budget_when_it_is_one_of_each_tenant_is_a_warning_at_most() -> None:
+    scene = Scene({"budget": True}, tenant_budgets=frozenset({"each"}))
+    scene.gauges = [
+        labelled("budget_usd", 1.0, budget="each"),
+        labelled("budget_used_ratio", 1.2, budget="each"),
+        labelled("budget_used_ratio", 0.1, budget="daily"),
+    ]
+    assert scene.look(60) == ["+budget/each/warning"]
+    assert scene.sent[0].says == "budget each of one tenant is used up to 120 %"
+    assert {g.labels[-1] for g in scene.watch.gauges() if ("subject", "each") in g.labels} == {
+        ("severity", "warning")
+    }
+    scene.gauges = [labelled("budget_used_ratio", 0.0, budget="each")]
+    assert scene.look(60) == ["-budget/each/warning"]
+    scene = Scene({"budget": {"warning": None}}, tenant_budgets=frozenset({"each"}))
+    scene.gauges = [labelled("budget_used_ratio", 1.2, budget="each")]
+    assert scene.look(60) == []
+
+
+def test_budget_when_it_is_of_nothing_says_nothing() -> None:
+    """It refuses from its first request to the end of its window: it was made to."""
+    scene = Scene({"budget": True})
+    scene.gauges = [
+        labelled("budget_usd", 0.0, budget="rented"),
+        labelled("budget_used_ratio", 1.0, budget="rented"),
+    ]
+    assert scene.look(600) == []
 
 
 def test_budget_when_a_severity_is_null_has_the_other_alone() -> None:

@@ -67,13 +67,21 @@ def _or(given: float | None, default: float) -> float:
 # The fleet
 
 
-def usable(live: Live, now: float) -> bool:
-    """Whether a request may well go there: not set aside, not left alone, or only starting."""
+def alive(live: Live, now: float) -> bool:
+    """Whether it is not down: neither set aside nor found down, or only starting.
+
+    One that rests is not: a 429 is an answer, whatever its `Retry-After`.
+    """
     if live.ejected_until > now:
         return False
-    if live.healthy and live.resting_until <= now:
-        return True
-    return live.warmth_at(now) is _WARMING  # cold is no fault
+    return live.healthy or live.warmth_at(now) is _WARMING  # cold is no fault
+
+
+def usable(live: Live, now: float) -> bool:
+    """Whether a request may well go there now: it is not down, and not left alone."""
+    if not alive(live, now):
+        return False
+    return live.resting_until <= now or live.warmth_at(now) is _WARMING
 
 
 def _pool_utilisation(rule: PoolUtilisation) -> tuple[Any, ...]:
@@ -108,12 +116,12 @@ def _provider_down(rule: ProviderDown) -> tuple[Any, ...]:
         for candidate in view.candidates:
             provider = candidate.backend.provider
             all_of[provider] = all_of.get(provider, 0) + 1
-            well[provider] = well.get(provider, 0) + usable(candidate.live, view.now)
+            well[provider] = well.get(provider, 0) + alive(candidate.live, view.now)
         for provider, count in all_of.items():
             yield Reading(
                 provider,
                 well[provider],
-                f"provider {provider}: {well[provider]} of {count} backends can be used",
+                f"provider {provider}: {well[provider]} of {count} backends are up",
             )
 
     mark = Mark(
@@ -206,8 +214,14 @@ class _Past:
 
 def _budget(rule: BudgetUsed) -> tuple[Any, ...]:
     def read(view: View) -> Iterator[Reading]:
+        limits = view.by_label("budget_usd", "budget")
         for name, share in view.by_label("budget_used_ratio", "budget").items():
-            yield Reading(name, share, f"budget {name} is used up to {_percent(share)}")
+            if limits.get(name) == 0:
+                continue  # it refuses whatever costs anything: that is what it was made for
+            # One tenant at its own limit is that tenant's trouble; the others do not feel it.
+            one = name in view.tenant_budgets
+            whose = f"budget {name} of one tenant" if one else f"budget {name}"
+            yield Reading(name, share, f"{whose} is used up to {_percent(share)}", minor=one)
 
     wanted = ((rule.warning, Severity.WARNING), (rule.critical, Severity.CRITICAL))
     marks = (

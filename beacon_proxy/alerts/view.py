@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -39,6 +39,7 @@ class Reading(NamedTuple):
     subject: str  # from a bounded set
     value: float | None  # None: there is nothing to say
     says: str  # one line for a person
+    minor: bool = False  # it is no more than a warning, whatever its value
 
 
 @dataclass(slots=True)
@@ -54,6 +55,7 @@ class View:
         queue: how many exchanges wait for room, and how many may.
         lines_lost: log lines that could not be written, since the start.
         sources: of backends, by name; whether each answers.
+        tenant_budgets: names of the budgets of which each tenant has one.
     """
 
     now: float
@@ -65,6 +67,7 @@ class View:
     queue: tuple[int, int] = (0, 0)
     lines_lost: int = 0
     sources: Mapping[str, bool] = field(default_factory=dict)
+    tenant_budgets: Set[str] = frozenset()
 
     def by_label(self, name: str, label: str) -> dict[str, float]:
         """The values of a gauge by one of its labels; the highest, where several have it."""
@@ -90,6 +93,7 @@ class Sources:
     lines_lost: Callable[[], int]
     discovery: Callable[[], Mapping[str, bool]]
     limits: Sequence[Limit] = ()
+    tenant_budgets: Set[str] = frozenset()
 
 
 class Eyes:
@@ -118,4 +122,5 @@ class Eyes:
             queue=sources.queue(),
             lines_lost=sources.lines_lost(),
             sources=sources.discovery(),
+            tenant_budgets=sources.tenant_budgets,
         )

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from ..config.alerts import Alerts
 from ..contracts import Clock, Gauge, Notify
 from ..errors import told
-from .alarm import Alarm, Change, Mark
+from .alarm import Alarm, Change, Mark, Severity
 from .message import BEGAN, ENDED, Message, iso, this_instance
 from .rules import Rule, rules_of
 from .view import Eyes, Reading, Sources, View
@@ -105,6 +105,8 @@ class Watch:
                 if number >= SUBJECTS_MOST:
                     break
                 for mark in rule.marks:
+                    if reading.minor and mark.severity is Severity.CRITICAL:
+                        continue
                     seen.add(self._see(view, rule, mark, reading))
         for key in self._alarms.keys() - seen:
             self._see_nothing(view, *key)

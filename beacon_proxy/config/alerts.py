@@ -117,7 +117,7 @@ class PoolUtilisation(_Above):
 
 
 class ProviderDown(Section):
-    """No backend of a provider can be used: each is ejected, found down or left alone."""
+    """No backend of a provider is up: each is ejected or found down."""
 
     for_: NotNegative = _lasts(30.0)
     clear_for: NotNegative = _over(30.0)
@@ -168,7 +168,7 @@ class TtftP95(Section):
 
 
 class BudgetUsed(Section):
-    """How much of a budget is used up."""
+    """How much of a budget is used up; that of a single tenant is a warning at most."""
 
     warning: Positive | None = Field(default=0.8, description="share used, 0..1; null: none")
     critical: Positive | None = Field(default=1.0, description="share used, 0..1; null: none")
@@ -232,7 +232,7 @@ class Rules(Section):
         default=PoolUtilisation(), description="in-flight share of a pool's room; false: off"
     )
     provider_down: Annotated[ProviderDown | None, *_SWITCH] = Field(
-        default=ProviderDown(), description="no usable backend of a provider"
+        default=ProviderDown(), description="no backend of a provider is up"
     )
     success_rate: Annotated[SuccessRate | None, *_SWITCH] = Field(
         default=SuccessRate(), description="a provider's good attempts over 5 minutes"
