@@ -15,6 +15,7 @@ from .alerts.view import MINUTES, Sources
 from .alerts.watch import Watch
 from .config import Settings
 from .contracts import Backend
+from .errors import Overloaded
 from .fleet.fleet import Fleet
 from .ops.telemetry import Telemetry
 from .plugins import Plugins, build_middleware
@@ -115,6 +116,11 @@ def make_alerts(
             for where, sums in telemetry.windows.places(MINUTES).items()
         },
         queue=lambda: (telemetry.metrics.queue_depth, chain.queue.size),
+        shed=lambda: sum(
+            count
+            for (_, _, reason), count in telemetry.metrics.exchanges.items()
+            if reason == Overloaded.reason
+        ),
         lines_lost=lambda: telemetry.lines_lost,
         discovery=dict if refresher is None else refresher.answering,
         limits=chain.limits,

@@ -69,14 +69,22 @@ async def test_pool_when_it_is_full_for_long_tells_the_webhook_and_when_it_is_ov
 
     async with receiver() as to, RawBackend(slow) as backend:
         row = {"url": backend, "max_in_flight": 1}
-        async with proxy(row, alerts=alerts(to, **FULL)) as p, RawClient(p.port) as client:
+        async with (
+            proxy(row, alerts=alerts(to, **FULL)) as p,
+            RawClient(p.port) as client,
+            RawClient(p.port) as other,
+        ):
             assert (await health(p))["alerts"] == []
             asking = asyncio.create_task(client.ask(chat()), name="asking")
+            await eventually(lambda: backend.requests)
+            await asyncio.sleep(0.3)
+            assert to.taken == [], "one slot is there to be used"
+            waiting = asyncio.create_task(other.ask(chat()), name="waiting")
             await eventually(lambda: to.taken)
             told = (await health(p))["alerts"]
             active = await metric(p, "beacon_alert_active")
             release.set()
-            assert (await asking).status == 200
+            assert (await asking).status == (await waiting).status == 200
             await eventually(lambda: len(to.taken) == 2)
             over = await metric(p, "beacon_alert_active")
             subjects = await metric(p, "beacon_alert_subject_active")
@@ -102,6 +110,29 @@ async def test_pool_when_it_is_full_for_long_tells_the_webhook_and_when_it_is_ov
     (logged,) = p.events("alert.began")
     assert (logged["level"], logged["subject"], logged["threshold"]) == ("warning", "burst", 0.8)
     assert p.events("alert.ended")[0]["level"] == "info"
+
+
+async def test_pool_when_it_is_small_and_refuses_for_want_of_a_queue_is_told() -> None:
+    chain = ["health", "region", "cost", {"capacity": {"max_queue": 0}}, "failover"]
+
+    async def hang(conn: BackendConn) -> None:
+        async for _ in each_request(conn):
+            await asyncio.Event().wait()
+
+    async with (
+        RawBackend(hang) as backend,
+        proxy({"url": backend, "max_in_flight": 1}, middleware=chain, alerts=alerts(**FULL)) as p,
+        RawClient(p.port) as client,
+        RawClient(p.port) as other,
+    ):
+        asking = asyncio.create_task(client.ask(chat()), name="asking")
+        await eventually(lambda: backend.requests)
+        await asyncio.sleep(0.3)
+        assert p.events("alert.began") == []
+        assert (await other.ask(chat())).status == 503
+        await eventually(lambda: p.events("alert.began"))
+        asking.cancel()
+    assert p.events("alert.began")[0]["rule"] == "pool_utilisation"
 
 
 async def test_provider_when_its_only_backend_dies_is_down_without_any_webhook() -> None:

@@ -171,6 +171,7 @@ class Scene:
     rows: list[Candidate] = field(default_factory=list)
     gauges: list[Gauge] = field(default_factory=list)
     queue: tuple[int, int] = (0, 100)
+    shed: int = 0
     lines_lost: int = 0
     limits: tuple[Callable[[Backend], int], ...] = ()
     tenant_budgets: frozenset[str] = frozenset()
@@ -190,6 +191,7 @@ class Scene:
                 gauges=lambda: self.gauges,
                 recent=lambda: self.windows.totals(5, lambda key: (key.region, key.provider)),
                 queue=lambda: self.queue,
+                shed=lambda: self.shed,
                 lines_lost=lambda: self.lines_lost,
                 discovery=lambda: self.sources,
                 limits=self.limits,
@@ -285,6 +287,41 @@ def test_pool_utilisation_when_less_may_run_than_configured_is_of_that() -> None
     assert scene.sent[0].value == 0.8
     scene = Scene({"pool_utilisation": {"for": 0}}, [row("a", 4)], limits=(lambda backend: 0,))
     assert scene.look() == [], "no slot at all is another trouble"
+
+
+def small(slots: int, in_flight: int) -> Candidate:
+    return Candidate(a_backend("a", max_in_flight=slots), Live(in_flight=in_flight))
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_pool_utilisation_when_a_small_pool_is_full_waits_for_somebody_who_waits(
+    slots: int,
+) -> None:
+    """One stream of some minutes fills a single slot, which is there to be used."""
+    scene = Scene({"pool_utilisation": True}, [small(slots, slots)])
+    assert scene.look(3600) == []
+    scene.queue = (1, 100)
+    assert scene.look(55) == []
+    assert scene.look(5) == ["+pool_utilisation/burst/warning"]
+    assert scene.sent[0].says == "pool burst is 100 % full (alert from 80 %)"
+    scene.queue = (0, 100)
+    assert scene.look(60) == ["-pool_utilisation/burst/warning"]
+    assert scene.sent[1].says == "pool burst is 100 % full, and nobody waits"
+
+
+def test_pool_utilisation_when_a_small_pool_without_a_queue_refuses_begins() -> None:
+    scene = Scene({"pool_utilisation": True}, [small(1, 1)], queue=(0, 0))
+    assert scene.look(600) == []
+    scene.shed = 1
+    assert scene.look(60) == ["+pool_utilisation/burst/warning"]
+    assert scene.look(600) == ["-pool_utilisation/burst/warning"]
+    scene.rows, scene.shed = [small(1, 0)], 2
+    assert scene.look(600) == [], "it has room now"
+
+
+def test_pool_utilisation_when_a_pool_could_warn_before_it_is_full_does_so() -> None:
+    scene = Scene({"pool_utilisation": True}, [small(5, 4)])
+    assert scene.look(60) == ["+pool_utilisation/burst/warning"]
 
 
 def test_provider_down_when_none_of_its_backends_can_be_used_is_critical() -> None:

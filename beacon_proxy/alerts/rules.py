@@ -85,17 +85,28 @@ def usable(live: Live, now: float) -> bool:
 
 
 def _pool_utilisation(rule: PoolUtilisation) -> tuple[Any, ...]:
+    refused = _Growth()
+
     def read(view: View) -> Iterator[Reading]:
-        for pool, share in _utilisation(view).items():
-            says = f"pool {pool} is {_percent(share)} full (alert from {_percent(rule.above)})"
-            yield Reading(pool, share, says)
+        wanted = refused.see(view.now, view.shed) > 0 or view.queue[0] > 0
+        for pool, (taken, slots) in _load(view).items():
+            share = taken / slots
+            says = f"pool {pool} is {_percent(share)} full"
+            # Where the mark is the last slot, as with few of them, to use all is no trouble: it is
+            # that somebody would have more.
+            if (slots - 1) / slots < rule.above and not wanted:
+                yield Reading(pool, None, f"{says}, and nobody waits")
+            else:
+                yield Reading(pool, share, f"{says} (alert from {_percent(rule.above)})")
 
     ends = _or(rule.clear, 0.9 * rule.above)
     return read, Mark(rule.above, ends, rule.for_, rule.clear_for)
 
 
-def _utilisation(view: View) -> dict[str, float]:
-    """In-flight share of the slots of each pool's usable backends."""
+def _load(view: View) -> dict[str, tuple[int, int]]:
+    """What runs on each pool's usable backends, and how many slots they have; a pool without none
+    is left out.
+    """
     taken: dict[str, int] = {}
     room: dict[str, int] = {}
     for candidate in view.candidates:
@@ -106,7 +117,7 @@ def _utilisation(view: View) -> dict[str, float]:
                 slots = min(slots, limit(backend))
             taken[pool] = taken.get(pool, 0) + live.in_flight
             room[pool] = room.get(pool, 0) + slots
-    return {pool: taken[pool] / slots for pool, slots in room.items() if slots}
+    return {pool: (taken[pool], slots) for pool, slots in room.items() if slots > 0}
 
 
 def _provider_down(rule: ProviderDown) -> tuple[Any, ...]:

@@ -53,6 +53,7 @@ class View:
         recent: attempts of the last `MINUTES`.
         recent_at: when those were read; monotonic s.
         queue: how many exchanges wait for room, and how many may.
+        shed: exchanges that were refused for want of room, since the start.
         lines_lost: log lines that could not be written, since the start.
         sources: of backends, by name; whether each answers.
         tenant_budgets: names of the budgets of which each tenant has one.
@@ -65,6 +66,7 @@ class View:
     recent: Mapping[Place, Sums] = field(default_factory=dict)
     recent_at: float = 0.0
     queue: tuple[int, int] = (0, 0)
+    shed: int = 0
     lines_lost: int = 0
     sources: Mapping[str, bool] = field(default_factory=dict)
     tenant_budgets: Set[str] = frozenset()
@@ -90,6 +92,7 @@ class Sources:
     gauges: Callable[[], Iterable[Gauge]]
     recent: Callable[[], Mapping[Place, Sums]]
     queue: Callable[[], tuple[int, int]]
+    shed: Callable[[], int]
     lines_lost: Callable[[], int]
     discovery: Callable[[], Mapping[str, bool]]
     limits: Sequence[Limit] = ()
@@ -120,6 +123,7 @@ class Eyes:
             recent=self._recent,
             recent_at=self._recent_at,
             queue=sources.queue(),
+            shed=sources.shed(),
             lines_lost=sources.lines_lost(),
             sources=sources.discovery(),
             tenant_budgets=sources.tenant_budgets,
