@@ -47,6 +47,7 @@ class Receiver:
     answers: asyncio.Event = field(default_factory=asyncio.Event)
     port: int = 0
     path: str = "/T000/hidden-path"
+    secret: str = SECRET
     tls: ssl.SSLContext | None = None
 
     @property
@@ -57,7 +58,9 @@ class Receiver:
         body = await request.read()
         signed = "webhook-signature" in request.headers
         if signed:
-            Webhook(SECRET).verify(body, dict(request.headers))  # raises: a 500 that the test sees
+            Webhook(self.secret).verify(
+                body, dict(request.headers)
+            )  # raises: a 500 that the test sees
         got = Got(
             request.headers["webhook-id"],
             request.headers["webhook-timestamp"],

@@ -327,6 +327,18 @@ def test_backend_when_its_url_is_split_keeps_every_part(
 
 
 @pytest.mark.parametrize(
+    ("secret", "warned"), [("hunter2", True), ("A" * 31, True), ("A" * 32, False)]
+)
+def test_warning_when_the_key_of_a_webhook_is_short_says_so_without_it(
+    secret: str, warned: bool
+) -> None:
+    told = load(f"{ROW}\nalerts: {{webhooks: [{{url: 'http://h', secret: {secret}}}]}}").warnings
+    wanted = "alerts.webhooks[0].secret: read as base64 it is a key of fewer than 24 bytes"
+    assert [line.startswith(wanted) for line in told if secret not in line] == [True] * warned
+    assert all(secret not in line for line in told)
+
+
+@pytest.mark.parametrize(
     ("more", "lines"),
     [
         ("budgets: [{name: b, per: day, usd: 1}]\nlimits: {max_price_per_request: 1}", []),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -169,7 +170,15 @@ SECTION_PROBLEMS = [
     ("alerts: {interval: 0}", "alerts.interval: must be > 0, got 0"),
     (
         "alerts: {webhooks: [{url: 'http://h', secret: 'whsec_!'}]}",
-        "alerts.webhooks[0].secret: must be base64 after whsec_",
+        "alerts.webhooks[0].secret: must be base64, with or without whsec_ before it",
+    ),
+    (
+        "alerts: {webhooks: [{url: 'http://u:p@h'}]}",
+        "alerts.webhooks[0].url: must hold no user or password",
+    ),
+    (
+        "discovery: [{provider: cloud, url: 'http://u:p@h'}]",
+        'discovery[0].url: must hold no user or password, got "http://…@h"',
     ),
     (
         "alerts: {webhooks: [{url: 'http://h', format: slack}]}",
@@ -266,6 +275,8 @@ LEAKS = [
     f'backends: [{{name: a, provider: cloud, url: "http://h", headers: {{X: "{SECRET}\\0"}}}}]',
     f"{ROW}\nalerts: {{webhooks: [{{url: 'ftp://hooks.example/{SECRET}'}}]}}",
     f'{ROW}\nalerts: {{webhooks: [{{url: "http://h", secret: "{SECRET}\\0"}}]}}',
+    f"{ROW}\nalerts: {{webhooks: [{{url: 'http://h', secret: '{SECRET}'}}]}}",
+    f"{ROW}\nalerts: {{webhooks: [{{url: 'http://u:{SECRET}@h'}}]}}",
     f"{ROW}\nmiddleware: [gate: {{secret: {SECRET}}}]",
     f"{ROW}\nserver: {{port: '${{HIDDEN}}'}}",
     f"{ROW}\nserver: {{host: ['${{HIDDEN}}']}}",
@@ -285,16 +296,19 @@ def test_secret_when_something_is_wrong_about_it_is_in_no_message(text: str) -> 
 
 
 def test_secret_when_settings_and_backends_are_printed_is_not_shown() -> None:
+    key = b64encode(SECRET.encode()).decode()
     text = (
         f"backends: [{{name: a, provider: cloud, url: 'http://h', api_key: {SECRET},"
         f" headers: {{X: {SECRET}}}}}]\n"
-        f"alerts: {{webhooks: [{{url: 'https://h/{SECRET}', secret: {SECRET}}}]}}"
+        f"alerts: {{webhooks: [{{url: 'https://h/{SECRET}', secret: {key}}}]}}"
     )
     settings = load(text)
     made = resolve_backends(settings, FAKES)
     assert made[0].api_key == SECRET
     assert made[0].headers == ((b"X", SECRET.encode()),)
-    assert SECRET not in f"{settings!r} {settings} {made!r} {settings.model_dump_json()}"
+    shown = f"{settings!r} {settings} {made!r} {settings.model_dump_json()}"
+    assert SECRET not in shown
+    assert key not in shown
 
 
 def read(path: Path, content: bytes) -> ConfigError:

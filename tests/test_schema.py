@@ -44,7 +44,7 @@ def test_example_when_all_is_switched_on_has_every_key_there_is(tmp_path: Path) 
     text = SWITCHED_OFF.sub("", (ROOT / schema.EXAMPLE).read_text("utf-8"))
     path = tmp_path / "beacon.yaml"
     path.write_text(text, "utf-8")
-    load_settings(path, {"RUNPOD_API_KEY": "k", "ALERT_SECRET": "s"}, plugins())
+    load_settings(path, {"RUNPOD_API_KEY": "k", "ALERT_SECRET": "c2VjcmV0"}, plugins())
     document = yaml.safe_load(text)
     chain = {name: options for row in document.pop("middleware") for name, options in row.items()}
     assert missing(Settings, document, "") == []

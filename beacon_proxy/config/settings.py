@@ -7,12 +7,13 @@ These models are the one source: beacon.schema.json and beacon.example.yaml are 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from .alerts import Alerts
+from .alerts import KEY_LEAST, Alerts, signing_key
 from .autoscale import Autoscale
 from .backends import BackendSettings, Discovery
 from .money import Budget, Ledger, Limits
@@ -114,8 +115,9 @@ class Settings(Section):
 
     @property
     def warnings(self) -> list[str]:
-        """What is set, and valid, but has no effect, and why; one line a key."""
-        return [*_nowhere(self.ledger), *self._of_budgets(), *self._of_autoscale()] + [
+        """What is set, and valid, but has less effect than it seems to, and why; one line a key."""
+        others = (self._of_budgets(), self._of_autoscale(), self._of_webhooks())
+        return [*_nowhere(self.ledger), *chain.from_iterable(others)] + [
             f"backends[{index}].{key}: has no effect without price_model: rented"
             for index, row in enumerate(self.backends)
             if row.price_model != "rented"
@@ -159,6 +161,16 @@ class Settings(Section):
                         f"budgets[{index}].scope: without limits.tenant_header all clients are one"
                         " tenant"
                     )
+
+    def _of_webhooks(self) -> Iterator[str]:
+        """Keys that are short, as a password is that was never meant to be base64."""
+        for index, row in enumerate(self.alerts.webhooks):
+            secret = row.secret
+            if secret is not None and len(signing_key(secret.get_secret_value())) < KEY_LEAST:
+                yield (
+                    f"alerts.webhooks[{index}].secret: read as base64 it is a key of fewer than"
+                    f" {KEY_LEAST} bytes; openssl rand -base64 32 makes a good one"
+                )
 
 
 _OF_RENT = ("price_per_hour", "price_glm_per_hour", "rented_until")

@@ -49,8 +49,10 @@ _NAMED = re.compile(r"[a-z][a-z0-9+.-]*://[!-~]+")
 _SCOPE = re.compile(r"all|tenant|(pool|provider|backend|region):\S+")
 
 
-def split_url(url: str) -> tuple[str, str, int, str]:
+def split_url(url: str, instead: str = "; use api_key") -> tuple[str, str, int, str]:
     """Split a backend's URL into scheme, host, port and base path without a trailing slash.
+
+    `instead` ends what is said of a URL that holds a password.
 
     Raises:
         ValueError: saying what the URL must be; never quoting it, for it may hold a secret.
@@ -65,7 +67,7 @@ def split_url(url: str) -> tuple[str, str, int, str]:
     if parts.scheme not in ("http", "https") or not host:
         raise ValueError("must be http://host[:port][/path] or https://host[:port][/path]")
     if "@" in parts.netloc:
-        raise ValueError("must hold no user or password; use api_key")
+        raise ValueError(f"must hold no user or password{instead}")
     if "?" in url or "#" in url:
         raise ValueError("must have no query and no fragment")
     if not all(0 < len(label) < 64 for label in host.removesuffix(".").split(".")):
@@ -86,7 +88,7 @@ def _url(value: str) -> str:
 
 
 def _url_with_query(value: str) -> str:
-    split_url(value.partition("?")[0])
+    split_url(value.partition("?")[0], instead="")  # neither a source nor a webhook has a key
     return value
 
 
