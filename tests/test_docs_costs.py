@@ -16,7 +16,7 @@ from beacon_proxy.ledger import BY
 from beacon_proxy.ledger.reports import COLUMNS
 from beacon_proxy.ledger.writer import MAX_ROWS
 
-from .test_ledger import Site, an_exchange
+from .test_ledger import Running, Site, an_exchange, read, whole
 
 PAGE = (Path(__file__).parent.parent / "docs" / "costs.md").read_text()
 QUERIES = re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL)
@@ -86,6 +86,29 @@ def test_query_runs_and_finds_something(query: str, ledger: Path) -> None:
         rows = connection.execute(query).fetchall()
     assert rows
     assert None not in rows[0]
+
+
+async def test_copy_while_a_proxy_writes_is_whole_and_it_goes_on(tmp_path: Path) -> None:
+    """VACUUM INTO as the page has it; the shell's .backup is the call that Python has, too."""
+    (vacuum,) = re.findall(r'sqlite3 beacon\.db "(VACUUM INTO .*)"', PAGE)
+    async with Running(tmp_path / "beacon.db") as running:
+        for name in ("september.db", "october.db"):
+            for _ in range(500):
+                running.attempt(name)
+            await running.until(lambda: running.ledger.waiting == 0)
+            running.attempt("meanwhile")
+            with closing(sqlite3.connect(running.path, timeout=5)) as connection:
+                if name == "september.db":
+                    connection.execute(vacuum.replace(name, f"{tmp_path}/{name}"))
+                else:
+                    with closing(sqlite3.connect(tmp_path / name)) as copy:
+                        connection.backup(copy)
+        await running.until(lambda: running.ledger.waiting == 0)
+        assert len(read(running.path, "id")) == 1_002
+    for name, least in (("september.db", 500), ("october.db", 1_001)):
+        assert whole(tmp_path / name)
+        assert least <= len(read(tmp_path / name, "id")) <= least + 1
+    assert running.events == []
 
 
 def test_queries_are_found() -> None:

@@ -352,12 +352,14 @@ def test_file_that_is_deleted_under_us_is_told_and_made_anew(site: Site) -> None
 
 
 def test_file_that_is_replaced_under_us_gets_what_waits(site: Site, tmp_path: Path) -> None:
+    """And nothing of the log of the file before, which still has its name."""
     other = Site(tmp_path / "other.db")
     other.attempt(an_exchange("restored"))
     other.ledger.turn()
     other.ledger.close()
-    site.attempt(an_exchange("gone"))
-    site.ledger.turn()
+    for n in range(100):
+        site.attempt(an_exchange(f"gone-{n}"))
+        site.ledger.turn()
     os.replace(other.path, site.path)
     site.attempt(an_exchange("kept"))
     site.ledger.turn()
@@ -375,11 +377,183 @@ def test_file_that_is_moved_away_is_whole_where_it_is_and_another_is_begun(site:
     site.path.rename(moved)
     site.attempt(an_exchange("october"))
     site.ledger.turn()
+    assert site.events[0][1]["error"].endswith("what its log holds is in september.db-wal")
     site.ledger.turn()
     assert read(moved, "exchange_id") == ["0", "1", "2"]
     assert site.rows("exchange_id") == ["october"]
     assert whole(moved)
     assert whole(site.path)
+
+
+def test_file_that_is_moved_away_while_somebody_reads_it_loses_nothing(site: Site) -> None:
+    """What the reader does not let the log give back to its file was lost with it."""
+    site.attempt(an_exchange("0"))
+    site.ledger.turn()
+    with closing(sqlite3.connect(site.path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT count(*) FROM attempts").fetchone() == (1,)
+        site.attempt(an_exchange("1"))
+        site.ledger.turn()
+        moved = site.path.with_name("september.db")
+        site.path.rename(moved)
+        site.attempt(an_exchange("october"))
+        for _ in range(2):
+            site.ledger.turn()
+        assert reader.execute("SELECT count(*) FROM attempts").fetchone() == (1,)
+        assert read(moved, "exchange_id") == ["0", "1"]
+        assert reader.execute("SELECT count(*) FROM attempts").fetchone() == (1,)
+    assert read(moved, "exchange_id") == ["0", "1"]
+    assert site.rows("exchange_id") == ["october"]
+    assert whole(moved)
+    assert whole(site.path)
+
+
+def test_file_that_is_moved_out_of_the_folder_leaves_its_log_beside_for_who_wants_it(
+    site: Site,
+) -> None:
+    site.attempt(an_exchange("september"))
+    site.ledger.turn()
+    moved = site.path.parent / "archive" / "beacon.db"
+    moved.parent.mkdir()
+    site.path.rename(moved)
+    site.attempt(an_exchange("october"))
+    for _ in range(2):
+        site.ledger.turn()
+    (log,) = site.path.parent.glob("beacon.db-wal.*")
+    assert site.events[0][1]["error"].endswith(f"what its log holds is in {log.name}")
+    log.rename(f"{moved}-wal")
+    assert read(moved, "exchange_id") == ["september"]
+    assert site.rows("exchange_id") == ["october"]
+
+
+def test_file_that_is_moved_with_all_that_belongs_to_it_is_whole_there(site: Site) -> None:
+    site.attempt(an_exchange("september"))
+    site.ledger.turn()
+    (archive := site.path.parent / "archive").mkdir()
+    for each in list(site.path.parent.glob("beacon.db*")):
+        each.rename(archive / each.name)
+    site.attempt(an_exchange("october"))
+    for _ in range(2):
+        site.ledger.turn()
+    assert site.events[0][1]["error"].endswith("its log is with it")
+    assert read(archive / "beacon.db", "exchange_id") == ["september"]
+    assert site.rows("exchange_id") == ["october"]
+    assert not list(site.path.parent.glob("*-wal.*"))
+
+
+def test_file_that_is_moved_away_is_not_trimmed_under_its_new_name(site: Site) -> None:
+    site.attempt(an_exchange("september"))
+    site.ledger.turn()
+    moved = site.path.with_name("september.db")
+    site.path.rename(moved)
+    site.unix.now += 91 * DAY
+    site.clock.now += 61.0
+    for _ in range(2):
+        site.ledger.turn()
+    assert site.told() == ["deleted", "ledger.recovered"]
+    assert read(moved, "exchange_id") == ["september"]
+
+
+def test_log_that_is_left_without_its_file_is_no_other_files(tmp_path: Path) -> None:
+    """Its writer died before somebody moved the file away."""
+    dead, site = Site(tmp_path / "dead.db"), Site(tmp_path / "beacon.db")
+    dead.attempt(an_exchange("september"))
+    dead.ledger.turn()
+    shutil.copy(tmp_path / "dead.db-wal", tmp_path / "beacon.db-wal")
+    dead.ledger.close()
+    site.attempt(an_exchange("october"))
+    for _ in range(2):
+        site.ledger.turn()
+    assert site.rows("exchange_id") == ["october"]
+    assert len(list(tmp_path.glob("beacon.db-wal.*"))) == 1
+    assert site.told() == ["deleted", "ledger.recovered"]
+    site.ledger.close()
+
+
+def test_log_that_cannot_be_taken_away_keeps_another_file_from_being_begun(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.attempt(an_exchange("september"))
+    site.ledger.turn()
+    moved = site.path.with_name("september.db")
+    site.path.rename(moved)
+    site.attempt(an_exchange("october"))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        for _ in range(3):
+            site.ledger.turn()
+        assert not site.path.exists()
+        assert site.ledger.waiting == 1
+        assert site.events[0][1]["error"].endswith("cannot be taken away: Permission denied")
+    for _ in range(2):
+        site.ledger.turn()
+    assert read(moved, "exchange_id") == ["september"]
+    assert site.rows("exchange_id") == ["october"]
+
+
+# Run as a child, for SQLite's locks are those of a process: writes as many rows as it is told.
+SECOND = """
+import sys
+from pathlib import Path
+from tests.test_ledger import Site, an_exchange
+site, n = Site(Path(sys.argv[1])), 0
+for line in sys.stdin:
+    for _ in range(int(line)):
+        site.attempt(an_exchange(f"second-{n}"))
+        n += 1
+    while site.ledger.waiting:
+        site.ledger.turn()
+    print(n, flush=True)
+site.ledger.close()
+"""
+
+
+async def test_file_that_two_write_when_it_is_moved_away_loses_and_doubles_nothing(
+    site: Site,
+) -> None:
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", SECOND, str(site.path)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    written: list[str] = []
+
+    def first() -> None:
+        site.attempt(an_exchange(f"first-{len(written)}"))
+        written.append(f"first-{len(written)}")
+        while site.ledger.waiting:
+            site.ledger.turn()
+
+    async def second() -> None:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(b"1\n")
+        told = await asyncio.wait_for(child.stdout.readline(), 30)
+        written.append(f"second-{int(told) - 1}")
+
+    files = [site.path.with_name(name) for name in ("august.db", "september.db")]
+    for moved in files:
+        for _ in range(3):
+            first()
+            await second()
+        site.path.rename(moved)
+        first()
+        first()
+        await second()
+        first()
+    child.stdin.close()
+    assert await asyncio.wait_for(child.wait(), 30) == 0
+    site.ledger.close()
+    found = [name for path in (*files, site.path) for name in read(path, "exchange_id")]
+    assert sorted(found) == sorted(written)
+    assert all(whole(path) for path in (*files, site.path))
 
 
 def no_database(path: Path) -> None:

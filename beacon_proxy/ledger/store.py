@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from time import monotonic, sleep
 
+from .moved import Identity, identity, is_left, log_of, take_away
 from .rows import COLUMNS, NULLABLE, RARE, Row, mended
 from .schema import LedgerError, prepare
 
@@ -58,7 +59,8 @@ class Store:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(os.path.abspath(path))  # wherever this process may go
         self._connection: sqlite3.Connection | None = None
-        self._file: tuple[int, int] | None = None
+        self._file: Identity | None = None
+        self._log: Identity | None = None
 
     @property
     def is_open(self) -> bool:
@@ -73,13 +75,13 @@ class Store:
         try:
             connection = self._connection or self._open()
             if rows:
-                self._is_still_there(connection)
+                self._is_still_there()
                 try:
                     _insert(connection, rows)
                 except _UNFIT:
                     connection.execute("ROLLBACK")
                     _insert(connection, [mended(row) for row in rows])
-                self._is_still_there(connection)
+                self._is_still_there()
         except (sqlite3.Error, LedgerError) as error:
             self.close()
             raise LedgerError.of(error) if isinstance(error, sqlite3.Error) else error from error
@@ -92,43 +94,58 @@ class Store:
         """
         try:
             connection = self._connection or self._open()
+            self._is_still_there()
             return connection.execute(_TRIM, (before_unix, most)).rowcount
         except sqlite3.Error as error:
             self.close()
             raise LedgerError.of(error) from error
 
-    def close(self) -> None:
+    def close(self) -> str:
+        """Close the file; says what became of the log of one that has another name now."""
         connection, self._connection = self._connection, None
-        if connection is not None:
-            with suppress(sqlite3.Error):  # what an open transaction held is still the caller's
-                connection.close()
+        if connection is None:
+            return ""
+        # Before the file is let go of: as long as it is open no other can have its inode.
+        said = "" if identity(self.path) == self._file else self._take_away()
+        with suppress(sqlite3.Error):  # what an open transaction held is still the caller's
+            connection.close()  # SQLite itself leaves the log of a file alone that was moved
+        return said
+
+    def _take_away(self) -> str:
+        try:
+            said = take_away(self.path, self._file, self._log)
+        except OSError as error:
+            return f"its log cannot be taken away: {error.strerror}"
+        self._file = self._log = None
+        return said
 
     def _open(self) -> sqlite3.Connection:
+        if is_left(self.path, self._file, self._log):
+            raise LedgerError("deleted", f"there is a log without its file; {self._take_away()}")
         connection = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)
         try:
             prepare(connection)  # first: a file that is not ours stays as it is
             _use_wal(connection)
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute(f"PRAGMA journal_size_limit = {WAL_KEPT}")
-            self._file = _identity(self.path)
+            connection.execute(
+                "SELECT count(*) FROM sqlite_master"
+            )  # who reads first makes the log
+            self._file, self._log = identity(self.path), identity(log_of(self.path))
         except BaseException:
             connection.close()
             raise
         self._connection = connection
         return connection
 
-    def _is_still_there(self, connection: sqlite3.Connection) -> None:
+    def _is_still_there(self) -> None:
         """A file that was deleted or moved can be written to, and who looks for it finds another.
 
         Asked before rows are written, so that they are in one file alone; and after, so that none
         is in one that is no more.
         """
-        if _identity(self.path) == self._file:
-            return
-        # The log still has our name, and another file of that name would be taken to belong to it.
-        # What it holds goes to where it belongs: the file that was moved is whole.
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        raise LedgerError("deleted", "the file was deleted, moved or replaced")
+        if identity(self.path) != self._file:
+            raise LedgerError("deleted", f"the file was moved, deleted or replaced; {self.close()}")
 
 
 def _insert(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
@@ -150,11 +167,3 @@ def _use_wal(connection: sqlite3.Connection) -> None:
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or monotonic() >= until:
                 raise
         sleep(0.005)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
