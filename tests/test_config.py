@@ -339,6 +339,19 @@ def test_warning_when_the_key_of_a_webhook_is_short_says_so_without_it(
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "ledger: {retention_days: 31}\nbudgets: [{name: b, per: month, usd: 1}]",
+        "ledger: {retention_days: 0.05}\nbudgets: [{name: b, per: hour, usd: 1}]",
+        "ledger: {retention_days: 1, path: ''}\nbudgets: [{name: b, per: month, usd: 1}]",
+        "ledger: {retention_days: 0.001}",
+    ],
+)
+def test_retention_when_no_budget_needs_more_is_fine(text: str) -> None:
+    assert load(f"{ROW}\n{text}").ledger.retention_days > 0
+
+
+@pytest.mark.parametrize(
     ("more", "lines"),
     [
         ("budgets: [{name: b, per: day, usd: 1}]\nlimits: {max_price_per_request: 1}", []),

@@ -138,6 +138,11 @@ SECTION_PROBLEMS = [
         "discovery[0].backend.kind: must be one of ",
     ),
     ("ledger: {flush_interval: 0}", "ledger.flush_interval: must be > 0, got 0"),
+    (
+        "ledger: {retention_days: 30.5}\nbudgets: [{name: d, per: day, usd: 1},"
+        " {name: m, per: month, usd: 1}]",
+        "ledger.retention_days: must be at least 31 for budget m per month, got 30.5",
+    ),
     ("budgets: [{name: b, per: week, usd: 1}]", "budgets[0].per: must be minute, hour, day or mon"),
     ("budgets: [{name: b, per: day, usd: -1}]", "budgets[0].usd: must be >= 0, got -1"),
     ("budgets: [{name: b, per: day, usd: 1, scope: pools}]", "budgets[0].scope: must be all, ten"),

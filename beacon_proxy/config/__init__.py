@@ -26,6 +26,7 @@ from .checks import (
     check_files,
     check_names,
     check_references,
+    check_retention,
     check_rows,
 )
 from .document import put_in, read, veiled
@@ -97,6 +98,7 @@ def make_settings(written: Mapping[str, Any], env: Mapping[str, str], plugins: P
     check_names(content["backends"], lambda i: place(("backends", i, "name")), found)
     check_names(content.get("budgets"), lambda i: f"budgets[{i}].name", found)
     check_references(content, [*providers], found)
+    check_retention(content.get("ledger"), content.get("budgets"), found)
     check_autoscale(content.get("autoscale"), content["backends"], providers, found)
     check_defaults(content.get("discovery"), providers, content.get("rates"), found)
     try:

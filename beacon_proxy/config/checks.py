@@ -234,6 +234,27 @@ def check_references(content: Mapping[str, Any], known: Sequence[str], problems:
             )
 
 
+_DAYS = {"minute": 1 / 1440, "hour": 1 / 24, "day": 1.0, "month": 31.0}  # of a budget's window
+
+
+def check_retention(ledger: Any, budgets: Any, problems: list[str]) -> None:
+    """Check that the ledger keeps what budgets go on from after a restart."""
+    if not isinstance(ledger, dict) or ledger.get("path") == "":
+        return
+    given: Any = ledger.get("retention_days")
+    try:
+        days = float(given)  # a variable's value is text
+    except (TypeError, ValueError):  # not given, or refused for itself
+        return
+    rows = [(_DAYS.get(str(row.get("per")), 0.0), row) for _, row in _mappings(budgets)]
+    longest, row = max(rows, key=lambda each: each[0], default=(0.0, {}))
+    if 0 < days < longest:
+        problems.append(
+            f"ledger.retention_days: must be at least {longest:g} for budget {row.get('name')}"
+            f" per {row.get('per')}, got {shown(given)}"
+        )
+
+
 def check_autoscale(
     section: Any, backends: Any, providers: Mapping[str, Provider], problems: list[str]
 ) -> None:
