@@ -174,6 +174,8 @@ class RunPod:
         async with client.get(url, headers=headers, allow_redirects=False) as response:
             answer = await bounded(response)
         check = read_health(backend, answer)
+        if self.carries(backend):
+            self._queue.learn(_queue_url(backend), check)
         if backend.kind == "auto" and (self.carries(backend) or _is_own_control(backend)):
             return replace(check, kind="queue") if is_queue(answer) else check
         return check
@@ -207,7 +209,7 @@ class RunPod:
     ) -> None:
         headers = plain((*_authorization(submission), *self.credentials(backend), *backend.headers))
         headers["Content-Type"] = "application/json"
-        url = backend.origin + _job_path(backend)
+        url = _queue_url(backend)
         await self._queue.carry(url, headers, backend, submission, reply, session)
 
     # -- its workers -----------------------------------------------------------------------------
@@ -283,6 +285,10 @@ def _job_path(backend: Backend) -> str:
     return found["job"] if found else backend.base_path.removesuffix("/v1").removesuffix("/openai")
 
 
+def _queue_url(backend: Backend) -> str:
+    return backend.origin + _job_path(backend)
+
+
 def _authorization(submission: Submission) -> Headers:
     """The client's own, where the backend has no key; what is not ASCII cannot be a key."""
     return tuple(
@@ -303,7 +309,7 @@ def _health_url(backend: Backend) -> str | None:
     if backend.control_url:
         return f"{backend.control_url}/health"
     if backend.kind == "queue":
-        return f"{backend.origin}{_job_path(backend)}/health"
+        return f"{_queue_url(backend)}/health"
     found = _ENDPOINT.fullmatch(backend.base_path)
     if found and _speaks_openai(backend):
         return f"{backend.origin}{found['job']}/health"

@@ -15,7 +15,7 @@ from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from beacon_proxy.contracts import Backend, Clock, Dialect, Fault, Headers, Reply, Submission
+from beacon_proxy.contracts import Backend, Check, Clock, Dialect, Fault, Headers, Reply, Submission
 
 from .answer import NoAnswer, document_of
 from .bill import Bill
@@ -73,6 +73,10 @@ class Queue:
                 endpoint.calls -= 1
             else:
                 await self._stop(endpoint, call, reply)
+
+    def learn(self, url: str, check: Check) -> None:
+        """Take what a check found out of the endpoint's workers."""
+        self._endpoint(url).note(check)
 
     def _endpoint(self, url: str) -> Endpoint:
         found = self._endpoints.get(url)
@@ -160,7 +164,9 @@ async def _result(call: Call, job: Job, reply: Reply, bill: Bill) -> Job:
         if job.queued:
             reply.waking()
         await asyncio.sleep(pace.next(queued=job.queued))
-        before, job = job.status, await call.look(Operation.STATUS)
+        before = job.status
+        with bill.looking():
+            job = await call.look(Operation.STATUS)
         bill.note(job)
         if job.status != before:
             pace.news()
@@ -190,7 +196,8 @@ class _Streaming:
         while not self._made.ended:
             await reply.room()
             await asyncio.sleep(pace.next(queued=before.queued))
-            job = await self._look(completed)
+            with self._bill.looking():
+                job = await self._look(completed)
             if not completed:
                 self._bill.note(job)
             if job.queued:
