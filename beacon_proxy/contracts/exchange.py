@@ -94,7 +94,8 @@ class Exchange:
     session: str | None = None  # what the client calls its conversation, for affinity
     prompt: Prompt | None = None  # set on the translated route alone
     # What its cost and time are compared with: inference by the canonical model, "" where that is
-    # not known; None: no inference. Set by the core after `prepare`.
+    # not known, or where only the path says that it may be one; None: no inference. Set by the core
+    # after `prepare`.
     work: str | None = None
     deadline_is_ours: bool = False  # set by the proxy, not by the client
     attempts: list[Outcome] = field(default_factory=list)

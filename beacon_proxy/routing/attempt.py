@@ -415,7 +415,7 @@ class Attempt:
     @property
     def _may_be_billed_tokens(self) -> bool:
         """Whether what is asked, on a path that we do not know, may run a model by the token."""
-        return self.backend.token_price is not None and self.exchange.method == "POST"
+        return self.backend.token_price is not None and self.exchange.work is not None
 
     @property
     def _ran_uncounted(self) -> bool:

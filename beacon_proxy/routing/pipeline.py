@@ -23,6 +23,7 @@ from ..errors import Limited, ModelNotFound, ProxyError, UpstreamError, told
 from ..fleet.fleet import Fleet
 from ..spending.budgets import Budgets
 from ..wire.answer import Answer
+from ..wire.dialects import RUNS_NOTHING
 from ..wire.request import Source
 from .attempt import Attempt, Wire
 from .chain import Chain
@@ -88,6 +89,8 @@ class Pipeline:
         model = canonical_model(exchange.model) if exchange.model else None
         if exchange.inference:
             exchange.work = model or ""
+        elif exchange.method == "POST" and exchange.path not in RUNS_NOTHING:
+            exchange.work = ""  # it may run a model by a path that we do not know
         fleet = self._fleet
         if model is not None and not fleet.knows(model) and not await fleet.finds(model):
             raise ModelNotFound(f"no backend serves the model {exchange.model!r}")

@@ -57,6 +57,14 @@ INFERENCE_ROUTES: dict[str, Route] = {
     "/api/embeddings": _OLLAMA_DOCUMENT,
 }
 
+# POST to one of these runs no model, on the servers that have it: Ollama, llama.cpp, vLLM, OpenAI.
+RUNS_NOTHING = frozenset(
+    {
+        *("/api/show", "/api/pull", "/api/push", "/api/create", "/api/copy"),
+        *("/tokenize", "/detokenize", "/apply-template", "/v1/files", "/v1/uploads"),
+    }
+)
+
 
 def dialect_of(path: str) -> Dialect:
     """The dialect in which errors on this path are told."""
