@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ from .kit import (
 from .kit import answer as raw_answer
 from .test_cases_upg import HANDSHAKE, switch
 from .test_hops import Warming
-from .test_transports import HOPS, JSON, SEE_OTHER, carried, hopping
+from .test_transports import HOPS, JSON, SEE_OTHER, carried, document, hopping
 from .test_usage import COUNTS, DOCUMENTS, FINISH, TOKENS, TOLD
 
 DOLLAR = {"price_per_second": 1.0}
@@ -692,10 +693,11 @@ async def test_seconds_of_a_tunnel_are_paid_until_it_is_closed() -> None:
     assert (outcome.usage, outcome.status) == (None, 101)
 
 
-@pytest.mark.parametrize("seconds", [-1.0, float("inf"), float("nan")])
-async def test_seconds_that_are_none_are_no_word_of_a_provider(seconds: float) -> None:
+@pytest.mark.parametrize("seconds", [-1.0, float("inf"), float("nan"), "soon", None, 10**400])
+async def test_seconds_that_are_none_are_no_word_of_a_provider(seconds: Any) -> None:
     async def work(submission: Submission, reply: Replies) -> None:
         reply.billed(seconds)
+        reply.started_cold(seconds)
         reply.head(200, JSON)
         reply.piece(json.dumps(GOOD).encode())
         reply.end()
@@ -705,6 +707,24 @@ async def test_seconds_that_are_none_are_no_word_of_a_provider(seconds: float) -
         assert (await client.ask(chat())).status == 200
         await p.exchanges(1)
     assert 0 < outcomes[0].billed <= outcomes[0].duration
+    assert outcomes[0].cold_start is None
+
+
+async def test_seconds_that_are_numbers_of_another_kind_are_understood() -> None:
+    said: Any = Decimal("1.5")  # as JSON may be read
+
+    async def work(submission: Submission, reply: Replies) -> None:
+        reply.billed(said)
+        reply.started_cold(said)
+        await document(GOOD)(submission, reply)
+
+    outcomes = list[Outcome]()
+    async with carried(work, outcomes=outcomes) as (p, _), RawClient(p.port) as client:
+        assert (await client.ask(chat())).status == 200
+        await p.exchanges(1)
+    found = outcomes[0].billed, outcomes[0].cold_start
+    assert found == (1.5, 1.5)
+    assert {type(each) for each in found} == {float}
 
 
 async def test_seconds_when_a_provider_says_that_the_work_runs_our_clock_goes_on() -> None:

@@ -13,6 +13,8 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import closing
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +216,32 @@ def test_row_when_a_sum_would_be_infinite_is_mended(site: Site) -> None:
     site.attempt(usd=math.inf, billed=math.inf)
     site.ledger.turn()
     assert site.rows("usd", "billed_s") == [(0.0, 0.0)]
+
+
+def test_row_with_a_number_of_another_kind_is_written_as_that_number(site: Site) -> None:
+    site.attempt(cold_start=Decimal("1.5"))
+    site.attempt(ttft=Fraction(1, 8), cold_start=Decimal("nan"))
+    site.ledger.turn()
+    assert site.rows("cold_start_s", "ttft_s") == [(1.5, 0.25), (0.0, 0.125)]
+    assert (site.events, site.ledger.lost) == ([], 0)
+
+
+def test_row_that_cannot_be_written_is_left_out_counted_and_told_and_no_other_is(
+    site: Site,
+) -> None:
+    """One odd value of some plugin once kept every later row out of the file."""
+    for n in range(300):
+        odd = {100: {"cold_start": object()}, 150: {"usd": "dear"}, 200: {"ttft": b"x"}}
+        site.attempt(an_exchange(str(n)), **odd.get(n, {}))
+    site.ledger.turn()
+    site.attempt(an_exchange("300"))
+    site.ledger.turn()
+    left = sorted({*range(301)} - {100, 150, 200})
+    assert sorted(map(int, site.rows("exchange_id"))) == left
+    assert (site.ledger.lost, site.ledger.waiting, site.gauge("healthy")) == (3, 0, 1.0)
+    ((event, told),) = site.events
+    assert (event, told["path"]) == ("ledger.skipped", str(site.path))
+    assert told["error"].startswith("TypeError at rows.py:")
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 63, 64, 65, 137, 2001])
@@ -841,6 +869,28 @@ async def test_flush_when_rows_wait_for_the_interval_writes_them_at_once(tmp_pat
             assert await asyncio.to_thread(running.ledger.flush, 10.0)
             assert len(read(running.path, "id")) == n + 1
         assert await asyncio.to_thread(running.ledger.flush, 10.0)  # with nothing to write
+
+
+def test_health_when_the_disk_hangs_goes_by_how_long_the_oldest_row_waits(site: Site) -> None:
+    """A write that does not come back is no error, and says nothing."""
+    store, hung = site.ledger._store, []
+    write = store.write
+    store.write = lambda rows: hung.append(site.gauge("healthy")) or write(rows)  # type: ignore
+
+    def wait(seconds: float) -> None:
+        site.clock.now += seconds
+        site.unix.now += seconds
+
+    site.clock.now = 997.0  # as the attempt ends
+    site.attempt()
+    assert site.gauge("healthy") == 1.0
+    wait(9.0)
+    assert site.gauge("healthy") == 1.0
+    wait(2.0)
+    assert site.gauge("healthy") == 0.0
+    site.ledger.turn()
+    assert hung == [0.0], "while it is being written"
+    assert site.gauge("healthy") == 1.0
 
 
 async def test_flush_when_the_file_cannot_be_written_says_so(

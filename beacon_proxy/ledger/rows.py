@@ -109,7 +109,11 @@ class Rows:
 def mended(row: Row) -> Row:
     """A row that SQLite takes for sure, and can add up.
 
-    Some backend counts more than its integers hold, some client has text that is no Unicode.
+    Some backend counts more than its integers hold, some client has text that is no Unicode, some
+    plugin has numbers of a kind of its own.
+
+    Raises:
+        TypeError, ValueError, OverflowError: a value is no number at all.
     """
     return tuple(map(_mended, row))
 
@@ -117,6 +121,7 @@ def mended(row: Row) -> Row:
 def _mended(value: Any) -> Any:
     if isinstance(value, int):
         return min(max(value, _INTEGERS[0]), _INTEGERS[1])
-    if isinstance(value, float):
-        return value if isfinite(value) else 0.0
-    return value.encode("utf-8", "replace").decode()
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    number = float(value)
+    return number if isfinite(number) else 0.0

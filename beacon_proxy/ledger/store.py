@@ -50,7 +50,11 @@ _TRIM = """
 DELETE FROM attempts WHERE id IN
   (SELECT id FROM attempts WHERE ended_unix < ? ORDER BY ended_unix LIMIT ?)"""
 
-_UNFIT = (OverflowError, UnicodeEncodeError, sqlite3.IntegrityError)
+# What a value is to blame for, and not the file.
+_UNFIT = (
+    *(sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError),
+    *(TypeError, ValueError, OverflowError),
+)
 
 
 class Store:
@@ -66,12 +70,16 @@ class Store:
     def is_open(self) -> bool:
         return self._connection is not None
 
-    def write(self, rows: Sequence[Row]) -> None:
+    def write(self, rows: Sequence[Row]) -> list[Exception]:
         """Add rows in one transaction; without any only see to it that the file is open.
+
+        Returns:
+            Of each row that SQLite cannot take, however mended, why. All others are in the file.
 
         Raises:
             LedgerError: none of them is in the file.
         """
+        unfit: list[Exception] = []
         try:
             connection = self._connection or self._open()
             if rows:
@@ -80,11 +88,12 @@ class Store:
                     _insert(connection, rows)
                 except _UNFIT:
                     connection.execute("ROLLBACK")
-                    _insert(connection, [mended(row) for row in rows])
+                    unfit = _insert_each(connection, rows)
                 self._is_still_there()
         except (sqlite3.Error, LedgerError) as error:
             self.close()
             raise LedgerError.of(error) if isinstance(error, sqlite3.Error) else error from error
+        return unfit
 
     def trim(self, before_unix: float, most: int) -> int:
         """Delete at most so many of the oldest rows that ended before a time; how many it were.
@@ -154,6 +163,20 @@ def _insert(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
     _USUAL.run(connection, [row for row in rows if len(row) == usual])
     _RARE.run(connection, [row for row in rows if len(row) != usual])
     connection.execute("COMMIT")
+
+
+def _insert_each(connection: sqlite3.Connection, rows: Sequence[Row]) -> list[Exception]:
+    """Add those that fit, mended where they have to be; returns why the others do not."""
+    unfit: list[Exception] = []
+    connection.execute("BEGIN IMMEDIATE")
+    for row in rows:
+        insert = _USUAL if len(row) == len(COLUMNS) else _RARE
+        try:
+            insert.run(connection, [mended(row)])
+        except _UNFIT as error:
+            unfit.append(error)
+    connection.execute("COMMIT")
+    return unfit
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:

@@ -33,6 +33,7 @@ from .store import BUSY, Store
 MAX_ROWS = 50_000  # that wait to be written, some 35 MB
 _BATCH = 2_000  # rows of one transaction: another process may want to write, too
 _RETRY_MOST = 5.0  # s between two tries at a file that cannot be written
+_HANGS = 10.0  # s beyond its interval that a write may take
 _TELL_AGAIN = 60.0  # s until the same trouble is told again
 _AT_END = 2.0  # s that the end of a process waits for the last rows
 _TRIM_EVERY = 60.0  # s between two looks for rows that are too old
@@ -77,6 +78,7 @@ class Ledger:
         self._flushed = 0.0  # unix s; 0: never
         self._trouble = _Trouble()
         self._trim_at = 0.0
+        self._skipped = -_TELL_AGAIN  # when it was last told that an attempt was left out
         self._turned = threading.Condition()
         self._wake = threading.Event()
 
@@ -112,10 +114,19 @@ class Ledger:
             self._asleep = False
             self._wake.set()
 
+    def _age(self) -> float:
+        """For how many s the oldest row has been waiting; a disk that hangs raises no error."""
+        for row in self._rows[:1]:
+            return self._unix() - float(row[0])
+        try:
+            outcome = self._waiting[0][-1]
+        except IndexError:  # also where the thread takes it right now
+            return 0.0
+        return self._clock() - outcome.started - outcome.duration
+
     def gauges(self) -> Iterator[Gauge]:
-        yield Gauge(
-            "ledger_healthy", "1: the ledger can be written.", float(not self._trouble.lasts)
-        )
+        well = not self._trouble.lasts and self._age() < self._interval + _HANGS
+        yield Gauge("ledger_healthy", "1: the ledger can be written.", float(well))
         yield Gauge("ledger_rows_waiting", "Attempts not in the ledger yet.", self.waiting)
         yield Gauge(
             "ledger_rows_lost", "Attempts that never will be in it.", self.lost, counts=True
@@ -239,23 +250,37 @@ class Ledger:
     def _take(self) -> None:
         waiting, count = self._waiting, len(self._waiting)
         self._room = self._max_rows - len(self._rows) - count
+        offset = self._unix() - self._clock()
         given = [waiting.popleft() for _ in range(count)]
         try:
-            self._rows += self._make.of(given, self._unix() - self._clock())
-        except Exception:
-            self._failed += count
-            raise
+            self._rows += self._make.of(given, offset)
+        except Exception:  # one of them, of which all others know nothing
+            for each in given:
+                try:
+                    self._rows += self._make.of([each], offset)
+                except Exception as error:
+                    self._skip(error)
 
     def _write(self) -> None:
         while self._rows or not self._store.is_open:
             batch = self._rows[:_BATCH]
-            self._store.write(batch)
+            unfit = self._store.write(batch)
+            for error in unfit:
+                self._skip(error)
             del self._rows[: len(batch)]
             self._room = self._max_rows - len(self._rows)
             if batch:
                 self._flushed = self._unix()
         if self._trouble.lasts:
             self._recover()
+
+    def _skip(self, error: Exception) -> None:
+        """One attempt has a value that no row can have: some plugin's, and nobody else's loss."""
+        self._failed += 1
+        now = self._clock()
+        if now - self._skipped >= _TELL_AGAIN:
+            self._skipped = now
+            self._tell("ledger.skipped", error=told(error), path=self.path, rows_lost=self.lost)
 
     def _trim(self) -> None:
         now = self._clock()

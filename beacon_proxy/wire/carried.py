@@ -178,13 +178,15 @@ class Carried:
             self._answer.relax(self._cold)
 
     def started_cold(self, seconds: float) -> None:
-        if self._answer is not None:
-            self._answer.cold_start = seconds
+        took = _duration(seconds)
+        if self._answer is not None and took is not None:
+            self._answer.cold_start = took
 
     def billed(self, seconds: float, *, running: bool = False) -> None:
-        if self._answer is not None and 0 <= seconds < inf:
-            self._answer.billed = None if running else seconds
-            self._answer.billed_from = monotonic() - seconds
+        bills = _duration(seconds)
+        if self._answer is not None and bills is not None:
+            self._answer.billed = None if running else bills
+            self._answer.billed_from = monotonic() - bills
 
     def left_behind(self, what: str) -> None:
         notify, backend = self._tell
@@ -220,3 +222,12 @@ class Carried:
         answer = self._answer
         again = answer.expire(now) if answer is not None else inf
         return None if self.closing else min(again, now + ROUND)
+
+
+def _duration(said: Any) -> float | None:
+    """What a plugin says as seconds; None where it is no duration, as if it had said nothing."""
+    try:
+        seconds = float(said)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return seconds if 0 <= seconds < inf else None
