@@ -22,7 +22,7 @@ from beacon_proxy.demo.backend import MODEL, Child, Options, Unavailable, find_m
 
 from .kit import Proxy
 
-__all__ = ["MODEL", "Child", "Spawn", "idle", "row", "slots_busy"]
+__all__ = ["MODEL", "Child", "Spawn", "idle", "row", "slots_busy", "stopped", "working"]
 
 Spawn = Callable[..., Child]
 
@@ -71,13 +71,39 @@ def row(child: Child, **more: Any) -> dict[str, Any]:
     return {"url": child.llama_url, "models": [MODEL], **more}
 
 
-async def slots_busy(child: Child) -> int:
-    """How many requests llama.cpp itself says it is working on."""
+async def _slots(child: Child) -> list[dict[str, Any]]:
     async with (
         aiohttp.ClientSession() as session,
         session.get(f"{child.llama_url}/slots") as answer,
     ):
-        return sum(slot["is_processing"] for slot in await answer.json())
+        slots: list[dict[str, Any]] = await answer.json()
+        return slots
+
+
+async def slots_busy(child: Child) -> int:
+    """How many requests llama.cpp itself says it is working on."""
+    return sum(slot["is_processing"] for slot in await _slots(child))
+
+
+async def working(child: Child) -> None:
+    """Wait until the model has something to do."""
+    deadline = time.monotonic() + 30.0
+    while not await slots_busy(child):
+        assert time.monotonic() < deadline, "nothing has come to llama.cpp"
+        await asyncio.sleep(0.02)
+
+
+async def stopped(child: Child, proxy: Proxy) -> None:
+    """Wait until no model works and no permit is out; see that the last text was broken off.
+
+    However long that takes: llama.cpp keeps of a slot whether there was a next token to come.
+    """
+    deadline = time.monotonic() + 30.0
+    while proxy.in_flight() or await slots_busy(child):
+        assert time.monotonic() < deadline, "llama.cpp still works for a client that left"
+        await asyncio.sleep(0.02)
+    last = max(await _slots(child), key=lambda slot: int(slot.get("id_task", -1)))
+    assert last["next_token"][0]["has_next_token"], "the model has come to its end"
 
 
 async def idle(child: Child, proxy: Proxy) -> None:
