@@ -17,6 +17,7 @@ from beacon_proxy.alerts.message import Instance, Message
 from beacon_proxy.alerts.receiver import Limits, signature
 from beacon_proxy.alerts.rules import rules_of
 from beacon_proxy.config.alerts import Alerts, Rules, signing_key
+from beacon_proxy.ops.telemetry import LEVELS
 
 from .config_fakes import ROW, load
 from .kit_hooks import SECRET
@@ -54,8 +55,15 @@ def test_table_when_compared_with_the_models_is_what_they_say() -> None:
 
 
 def test_night_table_when_compared_with_the_rules_has_each() -> None:
-    night = PAGE.partition("## At three in the morning")[2]
+    night = PAGE.partition("## At three in the morning")[2].partition("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", night, re.MULTILINE) == list(Rules.model_fields)
+
+
+def test_events_when_compared_with_the_errors_of_the_log_are_all_of_them() -> None:
+    table = PAGE.partition("## What no rule sees")[2].partition("\n## ")[0]
+    told = [name for row in table.splitlines() for name in re.findall(r"`(\w+\.\w+)`", row)]
+    errors = [event for event, level in LEVELS.items() if level == "error"]
+    assert sorted(told) == sorted(errors)
 
 
 def test_example_when_loaded_is_valid() -> None:
