@@ -189,7 +189,7 @@ class Scene:
             Sources(
                 candidates=lambda: self.rows,
                 gauges=lambda: self.gauges,
-                recent=lambda: self.windows.totals(5, lambda key: (key.region, key.provider)),
+                recent=lambda: {(*place,): sums for place, sums in self.windows.places(5).items()},
                 queue=lambda: self.queue,
                 shed=lambda: self.shed,
                 lines_lost=lambda: self.lines_lost,

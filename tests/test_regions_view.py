@@ -28,7 +28,8 @@ from beacon_proxy.contracts import (
     Verdict,
 )
 from beacon_proxy.ops.performance import Performance
-from beacon_proxy.ops.windows import Totals, Windows
+from beacon_proxy.ops.totals import Totals
+from beacon_proxy.ops.windows import Windows
 
 from .kit import Proxy, RawBackend, RawClient, chat, eventually, json_answer, proxy, request
 from .real import MODEL, Child, row
@@ -207,6 +208,18 @@ async def test_recent_while_the_process_lives_is_kept_and_ends_with_it() -> None
         windows.add(outcome(US), "m")
         await eventually(lambda: fleet.recent()["us"])
     assert not [t for t in asyncio.all_tasks() if t.get_name() == "performance.recent"]
+
+
+async def test_windows_while_the_process_lives_are_settled_as_soon_as_a_minute_is_over() -> None:
+    """Not with the next look, seconds later: who asks before it would have all of it to do."""
+    clock, fleet = FakeClock(), Rows(US)
+    windows = Windows(clock)
+    windows.add(outcome(US), "m")
+    clock.now = 6_059.9
+    async with Performance(windows, pause=30).lifespan(fleet):
+        await eventually(lambda: not windows._cells)
+        clock.now = 6_060.0
+        await eventually(lambda: windows._settled == 101)
 
 
 async def test_recent_when_it_cannot_be_kept_says_so() -> None:

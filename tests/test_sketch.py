@@ -91,6 +91,10 @@ def test_quantile_of_many_merged_cells_is_off_by_no_more_than_is_written(
     check(merged(cells), values)
     dice.shuffle(cells)
     check(merged(cells), values)
+    tens = [merged(cells[n : n + 10]) for n in range(0, pieces, 10)]
+    for ten in tens:
+        ten.pack()
+    check(merged(tens), values)
     check(sketch_of(values), values)
 
 
@@ -140,6 +144,14 @@ def test_sketch_when_values_pour_in_keeps_no_more_than_1024_of_them() -> None:
             sketch.fold()
     assert most == 2 * EXACT
     check(sketch, [number / 1000 for number in range(1, 50_001)])
+
+
+def test_pack_takes_in_what_waits_for_a_digest_and_leaves_a_few_values_exact() -> None:
+    few, many = sketch_of([3.0, 1.0, 2.0]), sketch_of([1.0] * 1_030)
+    few.pack()
+    many.pack()
+    assert (list(few.waiting), len(few), few.quantile(0.5)) == ([3.0, 1.0, 2.0], 3, 2.0)
+    assert (len(many.waiting), len(many), many.quantile(0.5)) == (0, 1_030, 1.0)
 
 
 def test_quantile_of_nothing_is_none() -> None:

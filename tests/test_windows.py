@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beacon_proxy.contracts import Backend, Outcome, Stage, Usage, Verdict, canonical_model
-from beacon_proxy.ops.windows import Key, Totals, Windows
+from beacon_proxy.ops.totals import Totals
+from beacon_proxy.ops.windows import Key, Site, Windows
 
 
 class FakeClock:
@@ -61,7 +65,15 @@ def outcome(
 
 
 def total(windows: Windows, minutes: int = 60) -> Totals:
-    return windows.totals(minutes, by=lambda _: "all").get("all", Totals())
+    whole = Totals()
+    for totals in windows.places(minutes).values():
+        whole.add(totals)
+    return whole
+
+
+def settle(windows: Windows) -> None:
+    for _ in windows.settle():
+        pass
 
 
 def shown(totals: Totals) -> dict[str, Any]:
@@ -75,7 +87,7 @@ def shown(totals: Totals) -> dict[str, Any]:
 
 
 def by_model(windows: Windows) -> dict[str, int]:
-    groups = windows.totals(60, by=lambda key: key.model)
+    groups = windows.totals(60, "model")
     return {model: totals.attempts for model, totals in groups.items()}
 
 
@@ -97,7 +109,7 @@ def test_totals_when_grouped_keeps_groups_apart() -> None:
     windows.add(outcome(at=backend("a", "us-east"), usd=1.0), "m")
     windows.add(outcome(at=backend("b", "eu-west"), usd=2.0), "m")
     windows.add(outcome(at=backend("c", "eu-west"), usd=4.0), "m")
-    groups = windows.totals(60, by=lambda key: key.region)
+    groups = windows.totals(60, "region")
     assert {region: totals.usd for region, totals in groups.items()} == {
         "us-east": 1.0,
         "eu-west": 6.0,
@@ -129,33 +141,37 @@ def sums_of(log: list[Entry]) -> dict[str, tuple[int, float, float | None, float
     st.lists(
         st.tuples(
             # s since the last one: seconds, a turn of the minute, hours of suspension
-            st.floats(0, 90) | st.sampled_from([60.0, 3600.0, 3660.0, 86400.0]),
+            st.floats(0, 90) | st.sampled_from([60.0, 300.0, 600.0, 3600.0, 3660.0, 86400.0]),
             st.sampled_from(PLACES),
             st.floats(0, 100),
             st.floats(0, 100),
-            st.booleans(),
+            st.sampled_from(["", "", "read", "read an hour", "settle", "begin to settle"]),
         ),
         max_size=60,
     ),
     st.sampled_from([1, 5, 60]),
 )
 def test_totals_and_places_equal_a_whole_log_over_any_history(
-    history: list[tuple[float, Backend, float, float, bool]], minutes: int
+    history: list[tuple[float, Backend, float, float, str]], minutes: int
 ) -> None:
-    """A ring that forgets to clear a minute, clears one too early, or keeps of one what was told
-    before it was over, shows here: it is read between the attempts, too."""
+    """A minute that is forgotten too late or too early, or of which is kept what was told before it
+    was over, shows here: it is read and settled between the attempts, too."""
     clock = FakeClock()
     windows = Windows(clock)
     log: list[Entry] = []
-    for pause, at, usd, ttft, read in history:
+    for pause, at, usd, ttft, then in history:
         clock.now += pause
         windows.add(outcome(at=at, usd=usd, ttft=ttft, duration=ttft), None)
         log.append((clock.now, at, usd, ttft))
-        if read:
-            windows.places(minutes)
+        if then.startswith("read"):
+            windows.places(minutes if then == "read" else 60)
+        elif then == "settle":
+            settle(windows)
+        elif then:
+            next(windows.settle(), None)
     since = clock.now // 60 - minutes
     expected = sums_of([entry for entry in log if entry[0] // 60 >= since])
-    by_region = windows.totals(minutes, by=lambda key: key.region)
+    by_region = windows.totals(minutes, "region")
     for groups in (by_region, {place.region: it for place, it in windows.places(minutes).items()}):
         assert {
             region: (it.attempts, it.usd, it.ttft_quantile(0.5), it.ttft_quantile(0.95))
@@ -176,13 +192,13 @@ def test_places_when_a_minute_is_over_count_it_once_however_often_they_are_asked
             assert found.ttft_quantile(0.5) == 0.5
 
 
-def calls(work: Callable[[], object]) -> int:
-    """How many Python functions it calls."""
-    count = 0
+def added(work: Callable[[], object]) -> int:
+    """How many sums it adds to another: what takes the time."""
+    count, code = 0, Totals.add.__code__
 
-    def profile(_frame: object, event: str, _arg: object) -> None:
+    def profile(frame: FrameType, event: str, _arg: object) -> None:
         nonlocal count
-        count += event == "call"
+        count += event == "call" and frame.f_code is code
 
     sys.setprofile(profile)
     try:
@@ -192,21 +208,71 @@ def calls(work: Callable[[], object]) -> int:
     return count
 
 
-def test_places_when_asked_again_do_not_add_up_what_is_over() -> None:
-    """They are asked every few seconds, and a thousand backends make 60 000 cells an hour."""
+def busy(windows: Windows, clock: FakeClock, backends: int, models: int, minutes: int) -> None:
+    """Each model on each backend in each minute; all is settled but the last look."""
+    for minute in range(minutes):
+        clock.now = 6_000.0 + 60 * minute
+        for n in range(backends):
+            for m in range(models):
+                windows.add(outcome(at=backend(f"b{n}", f"r{n % 5}"), ttft=0.1, usd=1.0), f"m{m}")
+        if minute < minutes - 1:
+            settle(windows)
+
+
+def test_reading_an_hour_adds_up_little_where_it_was_settled() -> None:
+    """It is on the loop: to merge each cell of an hour took 400 ms, with as many as here 100."""
     clock = FakeClock(6_000.0)
     windows = Windows(clock)
-    for minute in range(20):
-        clock.now = 6_000.0 + 60 * minute
-        for n in range(50):
-            windows.add(outcome(at=backend(f"b{n}"), ttft=0.1), "m")
-    all_cells = calls(lambda: windows.totals(60, by=lambda key: key.region))
-    assert calls(lambda: windows.places(60)) > all_cells / 2
-    assert calls(lambda: windows.places(60)) < all_cells / 10
+    busy(windows, clock, 24, 3, 61)
+    in_last_look = 24 * 3 * 3  # cells; each is collected for its backend, model and site
+    assert added(lambda: windows.totals(60, "backend")) < in_last_look + 24 * 20, "first ever"
+    assert added(lambda: windows.totals(60, "backend")) <= 24 * 2
+    assert added(lambda: windows.places(60)) < 5 * 20
+    assert added(lambda: windows.places(60)) <= 5 * 2
     clock.now += 60
-    assert calls(lambda: windows.places(60)) < all_cells / 5
-    (found,) = windows.places(60).values()
-    assert found.attempts == 1_000
+    assert added(lambda: windows.totals(60, "backend")) < 24 * 20, "a minute is over"
+    settle(windows)
+    assert added(lambda: windows.places(60)) <= 5 * 2, "and was settled"
+    assert {it.attempts for it in windows.totals(60, "backend").values()} == {180}
+    assert {it.attempts for it in windows.totals(60, "model").values()} == {24 * 60}
+
+
+def test_settling_of_any_number_of_backends_comes_in_pieces_of_one_size() -> None:
+    pieces = []
+    for backends in (25, 200):
+        clock = FakeClock(6_000.0)
+        windows = Windows(clock)
+        busy(windows, clock, backends, 1, 10)
+        settle(windows)
+        windows.places(60), windows.totals(60, "backend")  # from now on it is kept ready
+        clock.now = 6_600.0  # ten more minutes are over
+        piece = partial(next, windows.settle(), None)
+        pieces.append(max(added(piece) for _ in range(backends // 8 + 2)))
+    assert 8 * 10 <= pieces[0] == pieces[1] < 8 * 40
+
+
+def test_memory_grows_with_backends_and_models_not_with_their_product() -> None:
+    """A client that may choose among 100 names on 30 backends filled 180 000 cells in an hour."""
+    clock = FakeClock(6_000.0)
+    windows = Windows(clock)
+
+    def sums() -> int:
+        return sum(isinstance(it, Totals) for it in gc.get_objects())
+
+    gc.collect()
+    before = sums()
+    for minute in range(4):
+        clock.now = 6_000.0 + 60 * minute
+        for n in range(30):
+            for m in range(100):
+                windows.add(outcome(at=backend(f"b{n}"), ttft=0.1), f"m{m}")
+                assert len(windows._cells) <= 1024
+    assert sums() - before <= 1024 + 4 * (30 + 100 + 1)
+    assert {it.attempts for it in windows.totals(60, "backend").values()} == {400}
+    assert by_model(windows) == {f"m{m}": 120 for m in range(100)}
+    clock.now += 7200
+    assert total(windows).attempts == 0
+    assert sums() <= before, "what is older than an hour is dropped, whoever has left the fleet"
 
 
 def test_totals_when_the_clock_goes_back_lose_nothing() -> None:
@@ -347,10 +413,10 @@ def test_memory_when_one_backend_answers_all_day_stays_bounded() -> None:
     for n in range(30_000):
         clock.now += 0.001
         windows.add(outcome(ttft=0.001 * n, duration=0.001 * n), "m")
-    (cell,) = windows.totals(60, by=lambda key: key).values()
-    assert cell.attempts == 30_000
-    waiting = [it.ttft.waiting for m in windows._ring for it in m.cells.values()]
-    assert max(map(len, waiting)) <= 1024
+    (found,) = windows.totals(60, "backend").values()
+    assert found.attempts == 30_000
+    kept = [it for it in gc.get_objects() if isinstance(it, Totals)]
+    assert max(len(it.ttft.waiting) for it in kept) <= 1024
 
 
 def test_covered_in_a_young_process_is_its_age() -> None:
@@ -410,21 +476,24 @@ NAMES = ["m", " M ", "m-latest", "n:1b", "n-1b", "other", "unknown", "x" * 130, 
             st.none() | st.sampled_from(NAMES),
             st.sampled_from([Verdict.GOOD, Verdict.CALLER, Verdict.STRIKE]),
             st.none() | st.floats(0, 100),
+            st.booleans(),
         ),
         max_size=40,
     )
 )
 def test_cells_of_any_attempts_are_those_found_without_a_short_cut(
-    history: list[tuple[int, Backend, str | None, Verdict, float | None]],
+    history: list[tuple[int, Backend, str | None, Verdict, float | None, bool]],
 ) -> None:
-    """The way to a cell is kept for a minute: over its end, and past a name that becomes known."""
+    """The way to a cell is kept for a while: over its end, and past a name that becomes known."""
     clock = FakeClock()
     windows = Windows(clock)
     known: set[str] = set()
     expected: dict[Key, Totals] = {}
-    for pause, at, model, verdict, ttft in history:
+    for pause, at, model, verdict, ttft, collect in history:
         clock.now += pause
         windows.add(outcome(verdict, at=at, ttft=ttft, usd=0.5), model)
+        if collect:
+            settle(windows)
         name = canonical_model(model[:128]) if model else "unknown"
         if model and verdict is Verdict.GOOD:
             known.add(name)
@@ -434,10 +503,14 @@ def test_cells_of_any_attempts_are_those_found_without_a_short_cut(
         fresh.add(outcome(verdict, at=at, ttft=ttft, usd=0.5), None)
         key = Key(at.name, at.provider, at.region, at.pool, name)
         expected.setdefault(key, Totals()).add(total(fresh))
-    found = windows.totals(60, by=lambda key: key)
-    assert {key: shown(it) for key, it in found.items()} == {
-        key: shown(it) for key, it in expected.items()
-    }
+    for by in Key._fields:
+        sums: dict[str, Totals] = {}
+        for key, totals in expected.items():
+            sums.setdefault(getattr(key, by), Totals()).add(totals)
+        found = windows.totals(60, by)
+        assert {group: shown(it) for group, it in found.items()} == {
+            group: shown(it) for group, it in sums.items()
+        }
 
 
 def test_spellings_when_a_client_makes_up_thousands_stay_bounded() -> None:
@@ -465,3 +538,4 @@ def test_models_when_a_client_makes_up_thousands_stay_bounded() -> None:
 
 def test_key_names_what_costs_may_be_grouped_by() -> None:
     assert Key._fields == ("backend", "provider", "region", "pool", "model")
+    assert {*Site._fields, "backend", "model"} == {*Key._fields}

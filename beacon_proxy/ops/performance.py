@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 from ..contracts import Fleet, Gauge, Notify, Recent, tell_nobody
-from .windows import SPANS, Totals, Windows
+from .totals import Totals
+from .windows import SPANS, Windows
 
 _RECENT = 5  # minutes, as `contracts.Recent` says
 _PAUSE = 5.0  # s between two looks: a ranker need not know sooner
@@ -18,7 +19,7 @@ _QUANTILES = (0.5, 0.95, 0.99)
 
 
 class Performance:
-    """Keeps `Live.recent` of every backend, and shows gauges."""
+    """Keeps the windows settled and `Live.recent` of every backend, and shows gauges."""
 
     def __init__(
         self, windows: Windows, notify: Notify = tell_nobody, *, pause: float = _PAUSE
@@ -40,8 +41,11 @@ class Performance:
 
     async def _keep(self, fleet: Fleet) -> None:
         while True:
+            for _ in self._windows.settle():
+                await asyncio.sleep(0)
             self.tell(fleet)
-            await asyncio.sleep(self._pause)
+            # At once when a minute is over: who asks then finds it added up already.
+            await asyncio.sleep(min(self._pause, self._windows.left()))
 
     def tell(self, fleet: Fleet) -> None:
         """Write to every backend what its region and provider did; None: nothing was tried."""

@@ -41,6 +41,12 @@ class Sketch:
         if len(self.waiting) > EXACT:
             self._fold()
 
+    def pack(self) -> None:
+        """Take less room, and less time to be merged: where there is a digest it holds all."""
+        if self._digest is not None and self.waiting:
+            self._fold()
+            self._digest = self._digest.copy()  # a quarter smaller: no room for another batch
+
     def merge(self, other: Sketch) -> None:
         """Take in what the other has seen."""
         self.waiting.extend(other.waiting)

@@ -1,26 +1,35 @@
 """The last hour of attempts, minute by minute, in memory that does not grow with traffic.
 
-A ring of 61 minutes holds the running minute and the 60 before it, so an answer "over n minutes"
-covers n full minutes and the begun one. A minute holds one `Totals` for each backend and model that
-was used in it: sums, and sketches of what good answers took.
+Rule 1: an answer "over n minutes" covers n full minutes and the begun one.
+Rule 2: an attempt is counted in the cell of its backend and model. A cell lives for seconds: then
+    it is collected into the minute of its backend, its model and its site. So an hour takes room
+    for backends + models + sites, not for each model on each backend.
+Rule 3: nobody adds up an hour at once. Ten minutes that are over are one sum, made when they end,
+    and a span that was asked for is kept ready until the next minute is over (`History`).
+Rule 4: whoever reads collects first, so nothing is missing. `settle` does it ahead, every few
+    seconds, and makes the sums of a minute that has ended: what is left to do is little.
 
-To find a cell by its key takes longer than to count in it. So until its minute is over each backend
-keeps the way to its cells by the models that clients named. And to add up an hour of cells takes
-long where there are many: what a minute that is over comes to in each place is kept beside it.
+To find a cell by its key takes longer than to count in it. So until it is collected each backend
+keeps the way to its cells by the models that clients named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
-from math import inf, isfinite
+from itertools import chain
+from operator import attrgetter
 from typing import NamedTuple, TypeVar
 
 from ..contracts import Backend, Clock, Outcome, Verdict, canonical_model
-from .sketch import EXACT, Sketch
+from .sketch import EXACT
+from .totals import Totals
 
 MINUTES = 60
 SPANS = (1, 5, 60)  # minutes that are told
+_TEN = 10
+_CELLS = 1024  # that wait to be collected: some ms of work
+_STEP = 8  # histories that are settled in one piece, in some ms
 _MODELS = 128  # names kept apart; a client may invent any number of them
 _SPELLING = 128  # characters of one
 _GOOD, _STRIKE = Verdict.GOOD, Verdict.STRIKE  # as globals they are found in a third of the time
@@ -28,6 +37,8 @@ _GOOD, _STRIKE = Verdict.GOOD, Verdict.STRIKE  # as globals they are found in a 
 _FASTEST = 10_000.0
 
 _Group = TypeVar("_Group", bound=Hashable)
+_Whole = TypeVar("_Whole", bound=Hashable)
+_Thing = TypeVar("_Thing")
 
 
 class Key(NamedTuple):
@@ -47,135 +58,100 @@ class Place(NamedTuple):
     provider: str
 
 
-class Totals:
-    """Sums over some attempts, and how long the good ones among them took.
+class Site(NamedTuple):
+    """A place, and the pool there."""
 
-    Attributes:
-        attempts, good, strikes: how many, that ended well, that are held against a backend.
-        seconds: in attempts. billed: s that were paid for. usd: what they cost.
-        tokens_in, tokens_out: as backends count them; tokens_estimated: those of both that they did
-            not count themselves.
-        paced_tokens, paced_seconds: output tokens of good attempts, and the time they came in.
-        ttft, duration: s of good attempts to first content and to the end, less a cold start.
-        starts: s of cold starts; None before the first.
+    region: str
+    provider: str
+    pool: str
+
+    @property
+    def place(self) -> Place:
+        return Place(self.region, self.provider)
+
+
+class History:
+    """What one backend, model or site came to in the last hour.
+
+    Minutes are numbered by the clock. One that is over never changes again.
     """
 
-    __slots__ = (
-        "attempts",
-        "billed",
-        "duration",
-        "good",
-        "paced_seconds",
-        "paced_tokens",
-        "seconds",
-        "starts",
-        "strikes",
-        "tokens_estimated",
-        "tokens_in",
-        "tokens_out",
-        "ttft",
-        "usd",
-    )
+    __slots__ = ("_kept", "_minutes", "_tens")
 
     def __init__(self) -> None:
-        self.attempts = self.good = self.strikes = 0
-        self.seconds = self.billed = self.usd = self.paced_seconds = 0.0
-        self.tokens_in = self.tokens_out = self.tokens_estimated = self.paced_tokens = 0
-        self.ttft = Sketch()
-        self.duration = Sketch()
-        self.starts: Sketch | None = None
+        self._minutes: dict[int, Totals] = {}  # in their order; only those that had an attempt
+        self._tens: dict[int, Totals | None] = {}  # by the first of ten, a multiple of ten
+        # By how many minutes: before which one they were, and what they came to.
+        self._kept: dict[int, tuple[int, Totals | None]] = {}
 
-    def add(self, other: Totals) -> None:
-        self.attempts += other.attempts
-        self.good += other.good
-        self.strikes += other.strikes
-        self.seconds += other.seconds
-        self.billed += other.billed
-        self.usd += other.usd
-        self.tokens_in += other.tokens_in
-        self.tokens_out += other.tokens_out
-        self.tokens_estimated += other.tokens_estimated
-        self.paced_tokens += other.paced_tokens
-        self.paced_seconds += other.paced_seconds
-        self.ttft.merge(other.ttft)
-        self.duration.merge(other.duration)
-        if other.starts is not None:
-            if self.starts is None:
-                self.starts = Sketch()
-            self.starts.merge(other.starts)
+    def minute(self, number: int) -> Totals:
+        """Where to add what came in the running one."""
+        return _of(self._minutes, number, Totals)
 
-    def started(self, seconds: float, ttft: float | None) -> float | None:
-        """Count a cold start; `ttft` without it, None where no more than the start is known."""
-        if not 0 <= seconds < inf:  # as its provider told it: anything may have come
-            return None
-        if self.starts is None:
-            self.starts = Sketch()
-        self.starts.waiting.append(seconds)
-        return ttft - seconds if ttft is not None and ttft > seconds else None
+    def parts(self, minutes: int, now: int) -> Iterator[Totals]:
+        """What to add up for that many minutes before the one numbered `now`, and that one."""
+        past, running = self._past(minutes, now), self._minutes.get(now)
+        if past is not None:
+            yield past
+        if running is not None:
+            running.pack()  # several spans are asked for at once: this is done for all of them
+            yield running
 
-    def fold(self) -> None:
-        """Make room for further attempts; due once in 512 of them."""
-        self.ttft.fold()
-        self.duration.fold()
-        if self.starts is not None:
-            self.starts.fold()
+    def settle(self, now: int) -> None:
+        """Make ahead what will be asked for until the minute `now` is over."""
+        if (totals := self._minutes.get(now - 1)) is not None:
+            totals.pack()
+        if now % _TEN == 0:
+            self._ten(now - _TEN)
+        for minutes in self._kept:
+            self._past(minutes, now)
 
-    def ttft_quantile(self, q: float) -> float | None:
-        """Seconds to first content that the share `q` of good answers did not exceed."""
-        return self.ttft.quantile(q)
+    def forget(self, before: int) -> bool:
+        """Drop the minutes before that one; whether any is left."""
+        minutes = self._minutes
+        while minutes and (number := next(iter(minutes))) < before:
+            del minutes[number]
+        self._tens = {first: totals for first, totals in self._tens.items() if first >= before}
+        return bool(minutes)
 
-    def duration_quantile(self, q: float) -> float | None:
-        """Seconds to the end, likewise."""
-        return self.duration.quantile(q)
+    def _past(self, minutes: int, now: int) -> Totals | None:
+        kept = self._kept.get(minutes)
+        if kept is None or kept[0] != now:
+            kept = now, _sum(self._pieces(now - minutes, now))
+            if minutes in SPANS:
+                self._kept[minutes] = kept
+        return kept[1]
 
-    def start_quantile(self, q: float) -> float | None:
-        """Seconds of cold starts, likewise."""
-        return None if self.starts is None else self.starts.quantile(q)
+    def _pieces(self, first: int, end: int) -> Iterator[Totals | None]:
+        while first < end:
+            if first % _TEN == 0 and first + _TEN <= end:
+                yield self._ten(first)
+                first += _TEN
+            else:
+                yield self._minutes.get(first)
+                first += 1
 
-    def success_rate(self) -> float | None:
-        """Good attempts of those that say something about their backend; None without any."""
-        return _ratio(self.good, self.good + self.strikes)
-
-    def tokens_per_second(self) -> float | None:
-        """How fast good answers came: see `Windows.add`."""
-        return _ratio(self.paced_tokens, self.paced_seconds)
-
-    def cost_per_second(self) -> float | None:
-        """USD for a second that was paid for, over all attempts."""
-        return _ratio(self.usd, self.billed)
-
-    def cost_per_million_tokens(self) -> float | None:
-        """USD for a million tokens, in or out; what attempts without a token cost is in it, too."""
-        return _ratio(self.usd * 1e6, self.tokens_in + self.tokens_out)
-
-    def estimated_share(self) -> float | None:
-        """Of all tokens, those that no backend counted: 0..1."""
-        return _ratio(self.tokens_estimated, self.tokens_in + self.tokens_out)
+    def _ten(self, first: int) -> Totals | None:
+        if first not in self._tens:
+            self._tens[first] = _sum(map(self._minutes.get, range(first, first + _TEN)))
+        return self._tens[first]
 
 
-def _ratio(part: float, whole: float) -> float | None:
-    share = part / whole if whole > 0 else inf
-    return share if isfinite(share) else None
-
-
-@dataclass(slots=True)
-class _Minute:
-    number: int = -1  # of the clock; -1: never used
-    cells: dict[Key, Totals] = field(default_factory=dict)
-    places: dict[Place, Totals] | None = None  # the cells added up, once the minute is over
-
-
-@dataclass(slots=True)
-class _Past:
-    """Minutes that are over, added up."""
-
-    now: int  # the number of the minute before which they were
-    places: dict[Place, Totals] = field(default_factory=dict)
+def _sum(pieces: Iterable[Totals | None]) -> Totals | None:
+    """None: of nothing. One alone is its own sum."""
+    some = [each for each in pieces if each is not None]
+    if len(some) < 2:
+        return some[0] if some else None
+    whole = Totals()
+    for each in some:
+        whole.add(each)
+    whole.pack()
+    return whole
 
 
 @dataclass(slots=True)
 class _Ways:
-    """To the cells of one backend in the running minute, by models as clients spell them."""
+    """To the cells of one backend, by models as clients spell them."""
 
     backend: Backend
     cells: dict[str | None, Totals] = field(default_factory=dict)
@@ -186,13 +162,16 @@ class Windows:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._started = clock()
-        self._ring = [_Minute() for _ in range(MINUTES + 1)]
+        self._started = now = clock()
+        self._number = int(now // 60)  # of the running minute
+        self._over = (self._number + 1) * 60.0  # s of the clock: when it will not be any more
+        self._settled = self._number
         self._models: set[str] = set()
-        self._minute = _Minute()  # the running one
-        self._over = 0.0  # s of the clock: when it will not be any more
+        self._cells: dict[Key, Totals] = {}  # of the running minute, not collected yet
         self._ways: dict[str, _Ways] = {}  # by backend name
-        self._past: dict[int, _Past] = {}  # by how many minutes
+        self._by_backend: dict[str, History] = {}
+        self._by_model: dict[str, History] = {}
+        self._by_site: dict[Site, History] = {}
 
     def add(self, outcome: Outcome, model: str | None, stream: bool = False) -> None:
         """Count one attempt that has just ended; `model` as the client spells it.
@@ -242,20 +221,71 @@ class Windows:
         elif verdict is _STRIKE:
             totals.strikes += 1
 
+    def settle(self) -> Iterator[None]:
+        """Do what is due, some ms at a time: others may run, and read, between two pieces."""
+        now = self._now()
+        self._collect()
+        if now == self._settled:
+            return
+        self._settled = now
+        for number, history in enumerate([*self._histories()], 1):
+            history.settle(now)
+            if not number % _STEP:
+                yield
+
+    def left(self) -> float:
+        """Seconds until the running minute is over."""
+        return max(self._over - self._clock(), 0.0)
+
+    def _now(self) -> int:
+        """The running minute. A clock that goes back begins none."""
+        now = self._clock()
+        if now >= self._over:
+            self._turn(now)
+        return self._number
+
     def _turn(self, now: float) -> None:
-        number = int(now // 60)
-        self._over = (number + 1) * 60
-        self._minute = self._ring[number % len(self._ring)]
-        self._minute.number, self._minute.cells, self._minute.places = number, {}, None
+        self._collect()
+        self._number = int(now // 60)
+        self._over = (self._number + 1) * 60.0
         self._ways = {}
+        self._forget(self._by_backend)
+        self._forget(self._by_model)
+        self._forget(self._by_site)
+
+    def _forget(self, histories: dict[_Group, History]) -> None:
+        oldest = self._number - MINUTES
+        for group in [group for group, it in histories.items() if not it.forget(oldest)]:
+            del histories[group]
+
+    def _collect(self) -> None:
+        if not self._cells:
+            return
+        cells, self._cells = self._cells, {}
+        for ways in self._ways.values():
+            ways.cells.clear()
+        for key, totals in cells.items():
+            backend, provider, region, pool, model = key
+            for history in (
+                _of(self._by_backend, backend, History),
+                _of(self._by_model, model, History),
+                _of(self._by_site, Site(region, provider, pool), History),
+            ):
+                history.minute(self._number).add(totals)
+
+    def _histories(self) -> Iterator[History]:
+        groups = self._by_site, self._by_backend, self._by_model
+        return chain.from_iterable(each.values() for each in groups)
 
     def _cell(self, ways: _Ways, model: str | None, good: bool) -> Totals:
-        backend, cells = ways.backend, self._minute.cells
+        backend = ways.backend
         name = self._known(model, backend.models, good) if model else "unknown"
         key = Key(backend.name, backend.provider, backend.region, backend.pool, name)
-        totals = cells.get(key)
+        totals = self._cells.get(key)
         if totals is None:
-            totals = cells[key] = Totals()
+            if len(self._cells) >= _CELLS:
+                self._collect()
+            totals = self._cells[key] = Totals()
         # An `other` may be known by its next answer. A client may invent spellings, too.
         if name != "other" and len(ways.cells) < _MODELS and len(model or "") <= _SPELLING:
             ways.cells[model] = totals
@@ -274,38 +304,28 @@ class Windows:
             return name
         return "other"
 
-    def totals(self, minutes: int, by: Callable[[Key], _Group]) -> dict[_Group, Totals]:
-        """Sum the last `minutes` full minutes and the begun one, grouped by what `by` returns."""
-        groups: dict[_Group, Totals] = {}
-        for minute in self._last(minutes):
-            for key, totals in minute.cells.items():
-                _into(groups, by(key), totals)
-        return groups
+    def totals(self, minutes: int, by: str) -> dict[str, Totals]:
+        """Sum the last `minutes` full minutes and the begun one, by a field of `Key`."""
+        if by == "backend":
+            return self._sums(self._by_backend, minutes, str)
+        if by == "model":
+            return self._sums(self._by_model, minutes, str)
+        return self._sums(self._by_site, minutes, attrgetter(by))
 
     def places(self, minutes: int) -> dict[Place, Totals]:
-        """The same by region and provider, for who asks often: what is over is added up once."""
-        now = int(self._clock() // 60)
-        groups: dict[Place, Totals] = {}
-        _add_all(groups, self._over_by_place(minutes, now))
-        for minute in self._last(0):
-            _add_all(groups, _by_place(minute))
-        return groups
+        """The same by region and provider."""
+        return self._sums(self._by_site, minutes, attrgetter("place"))
 
-    def _over_by_place(self, minutes: int, now: int) -> dict[Place, Totals]:
-        """The minutes before the one numbered `now`."""
-        past = self._past.get(minutes)
-        if past is None or past.now != now:
-            past = self._past[minutes] = _Past(now)
-            for minute in self._last(minutes):
-                if minute.number < now:
-                    if minute.places is None:
-                        minute.places = _by_place(minute)
-                    _add_all(past.places, minute.places)
-        return past.places
-
-    def _last(self, minutes: int) -> list[_Minute]:
-        first = int(self._clock() // 60) - minutes
-        return [each for each in self._ring if each.number >= max(first, 0)]
+    def _sums(
+        self, histories: dict[_Group, History], minutes: int, by: Callable[[_Group], _Whole]
+    ) -> dict[_Whole, Totals]:
+        now = self._now()
+        self._collect()
+        sums: dict[_Whole, Totals] = {}
+        for group, history in histories.items():
+            for part in history.parts(minutes, now):
+                _of(sums, by(group), Totals).add(part)
+        return sums
 
     def covered(self, minutes: int) -> float:
         """Seconds that `totals(minutes, …)` looks back: less in a young process."""
@@ -313,20 +333,8 @@ class Windows:
         return min(now - self._started, minutes * 60 + now % 60)
 
 
-def _by_place(minute: _Minute) -> dict[Place, Totals]:
-    places: dict[Place, Totals] = {}
-    for key, totals in minute.cells.items():
-        _into(places, Place(key.region, key.provider), totals)
-    return places
-
-
-def _add_all(groups: dict[Place, Totals], more: dict[Place, Totals]) -> None:
-    for place, totals in more.items():
-        _into(groups, place, totals)
-
-
-def _into(groups: dict[_Group, Totals], group: _Group, totals: Totals) -> None:
-    whole = groups.get(group)
-    if whole is None:
-        whole = groups[group] = Totals()
-    whole.add(totals)
+def _of(things: dict[_Group, _Thing], group: _Group, new: Callable[[], _Thing]) -> _Thing:
+    thing = things.get(group)
+    if thing is None:
+        thing = things[group] = new()
+    return thing

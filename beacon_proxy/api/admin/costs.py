@@ -84,7 +84,7 @@ class Costs:
     def _of_memory(self, since: str, seconds: int, by: str, why: str) -> Document:
         minutes = min(math.ceil(seconds / 60), MINUTES)
         windows = self._telemetry.windows
-        groups = windows.totals(minutes, by=lambda key: getattr(key, by))
+        groups = windows.totals(minutes, by)
         rows = [{by: name, **views.sums(totals)} for name, totals in groups.items()]
         return {
             "since": since,

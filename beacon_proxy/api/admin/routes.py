@@ -17,7 +17,8 @@ from ...fleet.load import Load
 from ...ledger import Ledger
 from ...ops.metrics import healthy
 from ...ops.telemetry import Telemetry
-from ...ops.windows import MINUTES, SPANS, Totals
+from ...ops.totals import Totals
+from ...ops.windows import MINUTES, SPANS
 from ...regions import canonical_region
 from . import models, views
 from .answers import HEADERS, Handler, View, handler, json_answer, prefers_text, problem
@@ -132,7 +133,7 @@ class Admin:
 
     def _providers(self, request: web.BaseRequest) -> web.Response:
         region = canonical_region(request.query.get("region", ""))
-        totals = self._telemetry.windows.totals(MINUTES, by=lambda key: key.backend)
+        totals = self._telemetry.windows.totals(MINUTES, by="backend")
         now, unix = self._fleet.now(), self._telemetry.unix()
         shown = [(each, False) for each in self._fleet.candidates()]
         shown += [(each, True) for each in self._fleet.draining()]

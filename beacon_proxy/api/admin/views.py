@@ -13,7 +13,8 @@ from typing import Any
 from ...contracts import Candidate, Candidates, Capacity, Check, Live
 from ...fleet.load import GROUPS, Load, Share
 from ...ops.metrics import healthy
-from ...ops.windows import SPANS, Place, Totals, Windows
+from ...ops.totals import Totals
+from ...ops.windows import SPANS, Place, Windows
 from .models import names_of
 
 _PERCENTILES = (50, 95, 99)
@@ -112,18 +113,16 @@ def regions(candidates: Candidates, now: float, windows: Windows) -> dict[str, A
         pairs.update(dict.fromkeys(groups))
     found: dict[str, Any] = {}
     for region, kind in pairs:
-        here = [c for c in candidates if c.backend.region == region]
-        entry = found.setdefault(
-            region,
-            {
+        if region not in found:
+            here = [c for c in candidates if c.backend.region == region]
+            found[region] = {
                 "providers_total": len(here),
                 "providers_healthy": sum(healthy(c.live, now) for c in here),
                 "in_flight": sum(c.live.in_flight for c in here),
                 "windows": {str(n): sums(_of_region(spans[n], region)) for n in SPANS},
                 "providers": {},
-            },
-        )
-        entry["providers"][kind] = {
+            }
+        found[region]["providers"][kind] = {
             str(n): sums(spans[n].get(Place(region, kind), Totals())) for n in SPANS
         }
     return found
