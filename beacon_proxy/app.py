@@ -124,7 +124,11 @@ class App:
         ledger = [] if self._ledger is None else [self._ledger]
         middlewares = make_middlewares(settings, self._plugins, telemetry)
         chain = Chain.of([*middlewares, performance, *budgets, *ledger])
-        self._watch = watch = make_alerts(settings, self.fleet, chain, telemetry, self._refresher)
+        # No rule reads those by region: to make them again for every look is work for nothing.
+        watched = tuple(gauges for gauges in chain.gauges if gauges != performance.gauges)
+        self._watch = watch = make_alerts(
+            settings, self.fleet, chain, watched, telemetry, self._refresher
+        )
         wire = Wire(loop, self._wheel, self._pool, self._carriers)
         self.pipeline = Pipeline(self.fleet, chain, wire, self.telemetry, self.budgets)
         self._load = Load(self.fleet, chain.limits)

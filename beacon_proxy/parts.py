@@ -17,6 +17,7 @@ from .config import Settings
 from .contracts import Backend
 from .errors import Overloaded
 from .fleet.fleet import Fleet
+from .ops.telemetry import Sources as Gauges
 from .ops.telemetry import Telemetry
 from .plugins import Plugins, build_middleware
 from .routing.chain import Chain
@@ -93,10 +94,11 @@ def make_alerts(
     settings: Settings,
     fleet: Fleet,
     chain: Chain,
+    gauges: Gauges,
     telemetry: Telemetry,
     refresher: Refresher | None,
 ) -> Watch:
-    """Who looks whether something is wrong."""
+    """Who looks whether something is wrong; every few seconds at all of `gauges`."""
     sender = None
     if settings.alerts.webhooks:
         from .alerts.webhooks import Webhooks
@@ -110,7 +112,7 @@ def make_alerts(
         )
     sources = Sources(
         candidates=fleet.candidates,
-        gauges=lambda: telemetry.gauges(chain.gauges),
+        gauges=lambda: telemetry.gauges(gauges),
         recent=lambda: {
             (where.region, where.provider): sums
             for where, sums in telemetry.windows.places(MINUTES).items()

@@ -195,6 +195,18 @@ async def test_traffic_when_alerts_pour_out_and_their_webhook_hangs_is_untouched
     assert [line["end"] for line in p.events("exchange.done")] == ["complete"] * 50
 
 
+async def test_look_at_a_proxy_reads_no_gauge_by_region() -> None:
+    """They are what takes longest to read, up to 52 ms a look, and no rule is about them."""
+    async with RawBackend(json_answer(DOCUMENT)) as backend:
+        async with proxy(backend) as p, RawClient(p.port) as client:
+            assert (await client.ask(chat())).status == 200
+            shown = {gauge.name for gauge in p.app.telemetry.gauges()}
+            looked_at = {gauge.name for gauge in p.app._watch._eyes._sources.gauges()}
+    by_region = {name for name in shown if name.startswith("region_")}
+    assert by_region and not looked_at & by_region
+    assert [name for name in looked_at if name.startswith("blend")]
+
+
 async def test_alert_when_it_begins_as_the_proxy_stops_still_goes_out() -> None:
     async with receiver(503) as to, RawBackend(answer(OK)) as backend:
         async with proxy(backend, alerts=alerts(to, queue={"for": 0})) as p:
