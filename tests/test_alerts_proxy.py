@@ -197,11 +197,14 @@ async def test_traffic_when_alerts_pour_out_and_their_webhook_hangs_is_untouched
 
 async def test_look_at_a_proxy_reads_no_gauge_by_region() -> None:
     """They are what takes longest to read, up to 52 ms a look, and no rule is about them."""
-    async with RawBackend(json_answer(DOCUMENT)) as backend:
-        async with proxy(backend) as p, RawClient(p.port) as client:
-            assert (await client.ask(chat())).status == 200
-            shown = {gauge.name for gauge in p.app.telemetry.gauges()}
-            looked_at = {gauge.name for gauge in p.app._watch._eyes._sources.gauges()}
+    async with (
+        RawBackend(json_answer(DOCUMENT)) as backend,
+        proxy(backend) as p,
+        RawClient(p.port) as client,
+    ):
+        assert (await client.ask(chat())).status == 200
+        shown = {gauge.name for gauge in p.app.telemetry.gauges()}
+        looked_at = {gauge.name for gauge in p.app._watch._eyes._sources.gauges()}
     by_region = {name for name in shown if name.startswith("region_")}
     assert by_region and not looked_at & by_region
     assert [name for name in looked_at if name.startswith("blend")]

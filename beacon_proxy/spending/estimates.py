@@ -22,6 +22,7 @@ _WEIGHT = 0.2  # of the newest attempt in the averages: about the last ten count
 _RISE = 1.005  # of `Typical.quickest` with each attempt that took longer: twice as much after 140
 _CAUTION = 8.0  # it begins at this part of the first one seen
 _MODELS = 64  # told apart, a backend
+_FEW = 48  # of them, for which nobody need know which was learnt the longest ago
 _BACKENDS = 64  # that make the average of the fleet: the newest
 _LONGEST = 128  # characters of one
 _GUESS = Typical(billed=5.0, input=200.0, output=200.0)  # while no answer has been seen at all
@@ -37,10 +38,12 @@ class Estimates:
     def note(self, live: Live, work: str | None, outcome: Outcome) -> None:
         """Learn from a good attempt at `work`."""
         known = live.typical
-        typical = known.pop(work, None)
+        typical = known.get(work)
         if typical is None:
             work, typical = _begin(known, work, outcome.duration)
-        known[work] = typical  # what was learnt last stands last
+            known[work] = typical
+        elif len(known) > _FEW:
+            known[work] = known.pop(work, typical)  # what was learnt last stands last
         billed, duration = outcome.billed, outcome.duration
         typical.at = at = outcome.started + duration
         if outcome.cold_start is not None:
