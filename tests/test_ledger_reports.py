@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from beacon_proxy.api.admin import asking as asking_module
 from beacon_proxy.api.admin import costs as costs_module
 from beacon_proxy.cli import main
 from beacon_proxy.contracts import Backend, Exchange, Fault, Outcome, Stage, Usage, Verdict
@@ -253,15 +254,17 @@ def test_costs_as_a_table_has_columns_that_line_up_and_a_total(
 def test_costs_as_csv_is_read_by_a_strict_reader_whatever_a_client_calls_its_model(
     book: Book, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    odd = 'a "quoted", model\nof two lines'
-    book.attempt(model=odd)
+    odd = ['a "quoted", model\nof two lines', "of\rtwo", "of\r\nthree", "=1+1", "@cf/m"]
+    for n, model in enumerate(odd):
+        book.attempt(model=model, usd=0.001 * (len(odd) - n))
     book.attempt(model=None, usage=None, usd=0.0)
     assert main(["costs", "--config", config, "--by", "model", "--format", "csv"]) == 0
     out = capsys.readouterr().out
     rows = list(csv.DictReader(io.StringIO(out, newline=""), strict=True))
-    assert [row["model"] for row in rows] == [odd, ""]
-    assert (rows[0]["usd"], rows[0]["tokens_out"]) == ("0.001", "300")
-    assert rows[1]["usd_per_million_tokens"] == ""
+    assert [row["model"] for row in rows] == [*odd, ""]
+    assert (rows[4]["usd"], rows[4]["tokens_out"]) == ("0.001", "300")
+    assert rows[5]["usd_per_million_tokens"] == ""
+    assert out.count("\r") == 2, "no line ends with one"
     assert None not in rows[0]
 
 
@@ -418,12 +421,13 @@ async def test_route_when_the_file_cannot_be_written_says_how_much_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("beacon_proxy.ledger.store.BUSY", 0.01)
+    monkeypatch.setattr(asking_module, "HOLDS", 0.0)
+    monkeypatch.setattr(asking_module, "WORTH", 0.0)
     path = tmp_path / "beacon.db"
     async with RawBackend(answers) as backend, proxy(backend, ledger={"path": str(path)}) as p:
         async with RawClient(p.port) as client:
             await client.ask(chat())
             await ask(p.port, "/costs")
-            monkeypatch.setattr(costs_module, "HOLDS", 0.0)
             with closing(sqlite3.connect(path, isolation_level=None)) as other:
                 other.execute("BEGIN IMMEDIATE")
                 await client.ask(chat())
@@ -441,7 +445,7 @@ async def test_route_when_many_ask_at_once_reads_the_file_once(
     once = costs_module._ask
 
     def counted(*args: Any) -> Any:
-        reads.append(args[1:3])
+        reads.append(args[1])
         return once(*args)
 
     monkeypatch.setattr(costs_module, "_ask", counted)
@@ -450,7 +454,7 @@ async def test_route_when_many_ask_at_once_reads_the_file_once(
         targets = ["/costs", "/costs?by=day"] * 8
         found = await asyncio.gather(*(ask(p.port, target) for target in targets))
         assert {status for status, _ in found} == {200}
-        assert sorted(reads) == [("1h", "day"), ("1h", "provider")]
+        assert sorted(reads) == [(3600, "day"), (3600, "provider")]
 
 
 async def test_route_when_the_disk_hangs_holds_up_nobody_and_refuses_the_many(
@@ -458,7 +462,7 @@ async def test_route_when_the_disk_hangs_holds_up_nobody_and_refuses_the_many(
 ) -> None:
     hangs = threading.Event()
     monkeypatch.setattr(costs_module, "_ask", lambda *_: hangs.wait(20) and {})
-    monkeypatch.setattr(costs_module, "_MOST_WAITING", 3)
+    monkeypatch.setattr(asking_module, "MOST_WAITING", 3)
     ledger = {"path": str(tmp_path / "beacon.db")}
     async with RawBackend(answers) as backend, proxy(backend, ledger=ledger) as p:
         asking = [asyncio.create_task(ask(p.port, "/costs")) for _ in range(5)]
@@ -486,6 +490,41 @@ async def test_route_when_it_takes_too_long_asks_for_a_shorter_time(
         assert status == 503
         assert "ask for a shorter time" in answer["error"]["message"]
         assert (await ask(p.port, "/health"))[0] == 200
+
+
+async def test_route_when_strangers_ask_for_much_answers_who_asks_for_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One client once kept all others from /costs: each spelling of a year was a question."""
+    once, reads, goes_on = costs_module._ask, list[int](), threading.Event()
+    asked = list[int]()
+
+    def held(ledger: Ledger, question: asking_module.Question, rent: float) -> Any:
+        reads.append(question.seconds)
+        if question.seconds > DAY:
+            assert goes_on.wait(20)
+            raise LedgerError("slow", "it took longer than 10 s")
+        return once(ledger, question, rent)
+
+    def rounded(seconds: int) -> int:
+        asked.append(seconds)
+        return asking_module.rounded(seconds)
+
+    monkeypatch.setattr(costs_module, "_ask", held)
+    monkeypatch.setattr(costs_module, "rounded", rounded)
+    ledger = {"path": str(tmp_path / "beacon.db")}
+    async with RawBackend(answers) as backend, proxy(backend, ledger=ledger) as p:
+        targets = [f"/costs?since={365 + n}d" for n in range(40)]
+        targets += [f"/costs?since={400 * 86_400 - n}s" for n in range(40)]
+        strangers = [asyncio.create_task(ask(p.port, target)) for target in targets]
+        await eventually(lambda: len(asked) == 80, 10)
+        operator = asyncio.create_task(ask(p.port, "/costs?since=1h&by=pool"))
+        await eventually(lambda: len(asked) == 81, 10)
+        goes_on.set()
+        status, answer = await operator
+        assert (status, answer["since"], answer["by"]) == (200, "1h", "pool")
+        assert {status for status, _ in await asyncio.gather(*strangers)} == {503}
+        assert reads[1] == 3600
 
 
 async def test_route_tells_the_rent_beside_what_attempts_cost(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The route /costs: what was spent, from the ledger; without one, from the last hour in memory.
 
-The ledger is read in a thread, one question at a time. What it answered holds for a second, so that
-who polls it, or many who do, cost the disk little.
+The ledger is read in a thread. Who may ask, and what is asked next, is in `asking`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 from aiohttp import web
 
@@ -24,13 +23,10 @@ from ...ops.telemetry import Telemetry
 from ...ops.windows import MINUTES, Key
 from . import views
 from .answers import json_answer, problem
+from .asking import Asking, Document, Question, rounded
 
-HOLDS = 1.0  # s that an answer is given again
 _LIMIT = 10.0  # s that a question may take
 _FLUSH = 1.0  # s that it waits for what is not in the file yet
-_MOST_WAITING = 32  # who want to know, at the same time
-
-Document = dict[str, Any]
 
 
 class Fleet(Protocol):
@@ -42,10 +38,7 @@ class Costs:
 
     def __init__(self, fleet: Fleet, telemetry: Telemetry, ledger: Ledger | None) -> None:
         self._fleet, self._telemetry, self._ledger = fleet, telemetry, ledger
-        self._known: dict[tuple[str, str], tuple[float, Document]] = {}
-        self._asked: asyncio.Future[Document] | None = None  # what is asked now
-        self._asked_for = "", ""
-        self._waiting = 0
+        self._asking = Asking(self._ask, telemetry.clock)
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
@@ -69,7 +62,8 @@ class Costs:
         if ledger is None:
             return self._of_memory(since, seconds, by, "")
         try:
-            return await self._of_ledger(ledger, since, by)
+            answer = await self._asking.answer(Question(rounded(seconds), by))
+            return {**answer, "since": since}
         except LedgerError as error:
             if error.kind == "slow":
                 raise Overloaded(
@@ -101,39 +95,18 @@ class Costs:
         backends = [candidate.backend for candidate in self._fleet.candidates()]
         return rent_per_hour(backends, self._telemetry.unix())
 
-    async def _of_ledger(self, ledger: Ledger, since: str, by: str) -> Document:
-        if self._waiting >= _MOST_WAITING:
-            raise Overloaded("enough ask for the costs already", retry_after=HOLDS)
-        self._waiting += 1
-        try:
-            loop, key = asyncio.get_running_loop(), (since, by)
-            while True:
-                at, document = self._known.get(key, (-HOLDS, {}))
-                if loop.time() < at + HOLDS:
-                    return document
-                if self._asked is None:
-                    self._asked_for = key
-                    self._asked = in_thread(partial(_ask, ledger, since, by, self._rent()))
-                    self._asked.add_done_callback(self._learn)
-                if self._asked_for == key:
-                    return await asyncio.shield(self._asked)  # who leaves spoils it for nobody
-                await asyncio.wait({self._asked})
-        finally:
-            self._waiting -= 1
-
-    def _learn(self, done: asyncio.Future[Document]) -> None:
-        now, self._asked = done.get_loop().time(), None
-        self._known = {key: it for key, it in self._known.items() if now < it[0] + HOLDS}
-        if done.exception() is None:
-            self._known[self._asked_for] = now, done.result()
+    def _ask(self, question: Question) -> asyncio.Future[Document]:
+        assert self._ledger is not None
+        return in_thread(partial(_ask, self._ledger, question, self._rent()))
 
 
-def _ask(ledger: Ledger, since: str, by: str, rent: float) -> Document:
+def _ask(ledger: Ledger, question: Question, rent: float) -> Document:
     """In a thread: first have written what has ended so far."""
     scope = SCOPE
     if not ledger.flush(_FLUSH):
         scope += f"; {ledger.waiting} of this one are not in it yet, for it cannot be written"
-    return report(ledger.path, since, by, _LIMIT).document(rent, scope=scope)
+    found = report(ledger.path, f"{question.seconds}s", question.by, _LIMIT)
+    return found.document(rent, scope=scope)
 
 
 def in_thread(call: Callable[[], Document]) -> asyncio.Future[Document]:
