@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -75,12 +74,21 @@ def _name(name: str | None) -> str:
 
 def as_csv(document: Document) -> str:
     """One record a row, without the totals; a value that is not known is empty."""
-    columns = [document["by"], *document["total"]]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    text = _Lines()
+    writer = csv.DictWriter(text, [document["by"], *document["total"]])
     writer.writeheader()
     writer.writerows(document["rows"])
-    return text.getvalue()
+    return "".join(text)
+
+
+class _Lines(list[str]):
+    """Records as the csv module writes them, less the CR at their end.
+
+    Told to write none it would not quote one inside a cell either, where readers end the record.
+    """
+
+    def write(self, record: str) -> None:
+        self.append(record.removesuffix("\r\n") + "\n")
 
 
 def as_json(document: Document) -> str:
