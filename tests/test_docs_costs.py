@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sqlite3
 from contextlib import closing
@@ -95,7 +96,7 @@ async def test_copy_while_a_proxy_writes_is_whole_and_it_goes_on(tmp_path: Path)
         for name in ("september.db", "october.db"):
             for _ in range(500):
                 running.attempt(name)
-            await running.until(lambda: running.ledger.waiting == 0)
+            assert await asyncio.to_thread(running.ledger.flush, 10.0)
             running.attempt("meanwhile")
             with closing(sqlite3.connect(running.path, timeout=5)) as connection:
                 if name == "september.db":
@@ -103,7 +104,7 @@ async def test_copy_while_a_proxy_writes_is_whole_and_it_goes_on(tmp_path: Path)
                 else:
                     with closing(sqlite3.connect(tmp_path / name)) as copy:
                         connection.backup(copy)
-        await running.until(lambda: running.ledger.waiting == 0)
+        assert await asyncio.to_thread(running.ledger.flush, 10.0)
         assert len(read(running.path, "id")) == 1_002
     for name, least in (("september.db", 500), ("october.db", 1_001)):
         assert whole(tmp_path / name)
