@@ -341,6 +341,22 @@ async def test_job_when_no_worker_can_start_costs_nothing_while_it_waits() -> No
     assert [(each.billed, each.cold_start) for each in outcomes] == [(0.0, None)]
 
 
+async def test_job_when_it_is_cancelled_in_the_queue_costs_nothing_and_was_no_start() -> None:
+    async def play(job: Job) -> None:
+        await eventually(lambda: control.count("stream") >= 2)
+        job.delay = 1_200_000
+        job.end(status="CANCELLED")
+
+    async with (
+        control_plane(play) as control,
+        billing(control) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        assert (await client.ask(chat(stream=True))).status == 502
+        await p.exchanges(1)
+    assert [(each.billed, each.cold_start) for each in outcomes] == [(0.0, None)]
+
+
 async def test_job_when_others_keep_a_worker_up_has_not_waited_for_a_start() -> None:
     async with control_plane(takes((4000, 2500))) as control:
         control.workers = {"idle": 1, "ready": 1, "running": 1}

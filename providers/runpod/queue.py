@@ -234,12 +234,12 @@ class _Streaming:
 
         After the job has completed there is one more: the last pieces may have come between two
         questions, and the SDK's client asks until nothing comes, too. `/stream` does not say why a
-        job failed; `/status` does.
+        job failed, nor how long it ran; `/status` does.
         """
         if completed:
             return replace(await self._call.last_look(), status="COMPLETED")
         job = await self._call.look(Operation.STREAM)
-        if job.status == "FAILED" and not job.error:
+        if job.final and job.status != "COMPLETED" and not job.error:
             told = await self._call.glance(Operation.STATUS)
             return replace(told, pieces=job.pieces) if told is not None and told.final else job
         if job.status:
