@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beacon_proxy.contracts import (
+    Candidate,
+    Candidates,
     Exchange,
     Fault,
     Live,
@@ -27,7 +29,7 @@ from beacon_proxy.contracts import (
 from beacon_proxy.errors import Overloaded, UpstreamError
 from beacon_proxy.routing import queue as queue_module
 from beacon_proxy.routing.chooser import Choice, Run
-from beacon_proxy.routing.hopeless import hopeful, needed
+from beacon_proxy.routing.hopeless import hopeful, needed, note_risk
 from beacon_proxy.spending.estimates import Estimates
 from middleware.capacity import Capacity
 
@@ -75,25 +77,65 @@ def test_quickest_when_one_answer_was_seen_claims_an_eighth_of_it() -> None:
 
 def test_quickest_when_a_start_was_part_of_it_counts_the_rest() -> None:
     live, estimates = Live(), Estimates()
-    for _ in range(400):
+    for _ in range(2000):
         estimates.note(live, "m", ended(12.0, cold_start=10.0))
     assert live.typical["m"].quickest == pytest.approx(2.0)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 1000), slow=st.floats(2.0, 300.0))
-def test_quickest_when_one_in_fifty_takes_1_s_seldom_demands_more(seed: int, slow: float) -> None:
-    """Half of the quickest is demanded: who takes 1 s, and has no more, must nearly always pass."""
+def test_quickest_when_one_in_300_takes_1_s_never_demands_more(seed: int, slow: float) -> None:
+    """Half of the quickest is demanded: who takes 1 s, and has no more, must pass."""
     rng, live, estimates = random.Random(seed), Live(), Estimates()
     estimates.note(live, "m", ended(slow))
-    refused = short = 0
-    for _ in range(3000):
+    refused = seen = 0
+    for _ in range(6000):
         seconds = slow * rng.uniform(0.5, 2.0)
-        if rng.random() < 0.02:
-            seconds, short = 1.0, short + 1
-            refused += needed(live, asked(None), 0.0) > 1.0
+        if rng.random() < 1 / 300:
+            seconds = min(seconds, 1.0)
+            refused += seen and needed(live, asked(None), 0.0) > 1.0
+            seen += 1
         estimates.note(live, "m", ended(seconds))
-    assert refused <= 0.2 * short
+    assert (refused, seen > 5) == (0, True)
+
+
+def served(short: Exchange, candidate: Candidate, now: float) -> bool:
+    """Whether it is asked at once; it begins."""
+    if not hopeful(short, [candidate], now, totals=False):
+        return False
+    note_risk(short, candidate, now)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("others", "most"),
+    [
+        pytest.param(False, 0.0, id="alone"),
+        pytest.param(True, 0.02, id="beside hopeless ones, which take the one in 10 s"),
+    ],
+)
+def test_short_ones_when_they_are_one_in_a_thousand_are_hardly_ever_refused(
+    others: bool, most: float
+) -> None:
+    """They take 1 s and have 4 s; the rest take a minute, 100 of them a second.
+
+    What docs/capacity.md says of them is counted here.
+    """
+    rng, live, estimates = random.Random(1), Live(), Estimates()
+    candidate, now, refused, asked_for = Candidate(backend(), live), 0.0, 0, 0
+    while asked_for < 120:
+        now += rng.expovariate(100.0)
+        if others and rng.random() < 0.01:
+            served(asked(None, started=now, deadline=now + 0.05), candidate, now)
+        if rng.random() >= 0.001:
+            estimates.note(live, "m", ended(60.0 * rng.uniform(0.5, 2.0)))
+            continue
+        asked_for += 1
+        if served(asked(None, started=now, deadline=now + 4.0), candidate, now):
+            estimates.note(live, "m", ended(1.0))
+        else:
+            refused += 1
+    assert refused <= most * asked_for
 
 
 def test_needed_is_half_of_the_quickest_of_that_model_and_nothing_where_none_is_known() -> None:
@@ -166,7 +208,7 @@ def test_try_now_learns_from_good_answers_what_is_hopeless() -> None:
     s = scene(backend(max_in_flight=9))
     (candidate,) = s.fleet.candidates()
     refused = []
-    for number in range(600):
+    for number in range(11_000):
         for typical in candidate.live.typical.values():
             typical.risked = monotonic()
         try:
@@ -177,8 +219,8 @@ def test_try_now_learns_from_good_answers_what_is_hopeless() -> None:
             assert choice is not None
             release(choice.permits)
         s.fleet.note(asked(None), ended(8.0), candidate.live)
-    assert refused == list(range(refused[0], 600)), "once it is known it stays known"
-    assert 300 < refused[0] < 450, "8 s are believed after some hundred answers"
+    assert refused == list(range(refused[0], 11_000)), "once it is known it stays known"
+    assert 8000 < refused[0] < 10_000, "8 s are believed after some thousand answers"
     assert s.chooser.try_now(asked(4.5), "m", ()) is not None
 
 
@@ -190,8 +232,31 @@ def test_hopeful_risks_one_in_ten_seconds_so_that_it_can_be_proven_wrong() -> No
     for tenths in range(250):
         at = now + tenths / 10
         late = asked(4.0, deadline=at + 4.0)
-        tried += [at] * len(hopeful(late, s.fleet.candidates(), at, totals=False))
+        tried += [at] * served(late, s.fleet.candidates()[0], at)
     assert [round(at - now) for at in tried] == [0, 10, 20]
+
+
+def test_try_now_when_there_is_no_room_has_not_risked_anything() -> None:
+    s = scene()
+    first = s.chooser.try_now(asked(None), "m", ())
+    assert first is not None
+    taught(s, 10.0, risked=False)
+    assert s.chooser.try_now(asked(4.0), "m", ()) is None
+    release(first.permits)
+    assert s.chooser.try_now(asked(4.0), "m", ()) is not None
+    with pytest.raises(UpstreamError, match="too little time"):
+        s.chooser.try_now(asked(4.0), "m", ())
+
+
+def test_try_now_when_the_first_that_may_be_risked_is_full_risks_the_next() -> None:
+    s = scene(backend("a", max_in_flight=1), backend("b", max_in_flight=1))
+    first = s.chooser.try_now(asked(None), "m", ())
+    assert first is not None
+    taught(s, 10.0, risked=False)
+    choice = s.chooser.try_now(asked(4.0), "m", ())
+    assert choice is not None
+    assert {each.candidate.backend.name for each in (first, choice)} == {"a", "b"}
+    assert first.candidate.live.typical["m"].risked == -inf
 
 
 # -- in the queue
@@ -218,6 +283,53 @@ async def test_queue_when_a_deadline_becomes_hopeless_lets_it_go_before_the_dead
         await waits(s, asked(10.0))
     assert 0.05 < monotonic() - began < 5.0, "10 s are left, 9.9 are needed"
     assert (len(s.queue), s.queue.owed) == (0, 0)
+    release(first.permits)
+
+
+@pytest.mark.usefixtures("_no_recheck")
+async def test_queue_when_one_is_risked_lets_it_wait_for_room_and_no_other() -> None:
+    """On a backend that is always full nobody would ever be, else."""
+    s = scene()
+    first = s.chooser.try_now(asked(None), "m", ())
+    assert first is not None
+    taught(s, 10.0, risked=False)
+    (candidate,) = s.fleet.candidates()
+    gone = waits(s, asked(4.0), "gone")
+    await asyncio.sleep(0)
+    assert len(s.queue) == 1
+    with pytest.raises(UpstreamError, match="too little time"):
+        await waits(s, asked(4.0))
+    gone.cancel()
+    await asyncio.gather(gone, return_exceptions=True)
+    assert candidate.live.typical["m"].risked == -inf, "it was never tried"
+    risked = waits(s, asked(4.0), "risked")
+    await asyncio.sleep(0.05)
+    assert len(s.queue) == 1
+    release(first.permits)
+    s.queue.released("b")
+    choice = await asyncio.wait_for(risked, 2)
+    assert monotonic() - candidate.live.typical["m"].risked < 2
+    release(choice.permits)
+
+
+@pytest.mark.usefixtures("_no_recheck")
+async def test_queue_when_one_is_risked_and_gets_no_room_ends_at_its_deadline() -> None:
+    s = scene()
+    first = s.chooser.try_now(asked(None), "m", ())
+    assert first is not None
+    taught(s, 10.0, risked=False)
+    plans = 0
+    plan = s.chooser.plan
+
+    def counted(*args: Any) -> Candidates:
+        nonlocal plans
+        plans += 1
+        return plan(*args)
+
+    s.chooser.plan = counted  # type: ignore[method-assign]
+    with pytest.raises(UpstreamError, match="the deadline ran out"):
+        await waits(s, asked(0.1))
+    assert plans < 100, "it sleeps"
     release(first.permits)
 
 

@@ -94,8 +94,8 @@ class Typical:
     input: float = 0.0  # tokens
     output: float = 0.0
     at: float = inf  # monotonic s: when the newest ended; inf: it is no news of ours
-    # s that about the quickest one in a hundred took in all, without a cold start. It begins far
-    # below, so that little is claimed before some hundred were seen; 0: none was.
+    # s that about the quickest one in a thousand took in all, without a cold start. It begins far
+    # below, so that little is claimed before some thousand were seen; 0: none was.
     quickest: float = 0.0
     risked: float = -inf  # monotonic s: when one that had less time was last let through
 

@@ -17,6 +17,7 @@ from ..contracts import (
     Permit,
     Provider,
     Stage,
+    Typical,
     Warmth,
     canonical_model,
 )
@@ -25,7 +26,7 @@ from ..fleet.fleet import Fleet
 from ..fleet.hooks import Hooks
 from ..spending.budgets import Budgets
 from .chain import Chain
-from .hopeless import hopeful, latest_start
+from .hopeless import claim, give_back, hopeful, latest_start, note_risk
 from .queue import Place, Queue
 
 
@@ -113,7 +114,8 @@ class Chooser:
             Limited, NoBackend: as `plan`, and where it is empty.
             UpstreamError: its time is over.
         """
-        return self._admit(exchange, self._plan_in_time(exchange, model, tried, monotonic()), None)
+        now = monotonic()
+        return self._admit(exchange, self._plan_in_time(exchange, model, tried, now), None, now)
 
     async def choose(
         self,
@@ -130,15 +132,17 @@ class Chooser:
             Overloaded: there was no room in time, or none in the queue.
         """
         place: Place | None = None
+        claims: list[Typical] = []  # of one that is let through although it is held to be hopeless
         joined = now = monotonic()
         until = joined + self._queue.limits.timeout
         try:
             while True:
-                plan = self._plan_in_time(exchange, model, tried, now)
-                choice = self._admit(exchange, plan, place)
+                plan = self._plan_in_time(exchange, model, tried, now, claims)
+                choice = self._admit(exchange, plan, place, now)
                 if place is not None:
                     self._queue.tried(place, choice.candidate.backend.name if choice else None)
                 if choice is not None:
+                    claims = []
                     return choice
                 if now >= until or not patient:
                     raise self._overloaded("every backend is full")
@@ -149,14 +153,18 @@ class Chooser:
                     place = self._queue.join(wants, exchange.tenant)
                 else:
                     raise self._overloaded("every backend is full, and so is the queue")
-                end = min(until, max(latest_start(exchange, c, now) for c in plan))
-                await self._queue.wait(place, end - now)
+                end = max(latest_start(exchange, c, now) for c in plan)
+                if end <= now:
+                    claims = claims or claim(exchange, plan, now)
+                    end = max(exchange.ends_on(c.backend) for c in plan)
+                await self._queue.wait(place, min(until, end) - now)
                 if place.displaced:
                     raise self._overloaded(
                         "every backend is full, and so is its share of the queue"
                     )
                 now = monotonic()
         finally:
+            give_back(claims)
             if place is not None:
                 run.queued += monotonic() - joined
                 self._queue.leave(place)
@@ -165,7 +173,12 @@ class Chooser:
         return Overloaded(message, retry_after=self._queue.retry_after())
 
     def _plan_in_time(
-        self, exchange: Exchange, model: str | None, tried: Collection[str], now: float
+        self,
+        exchange: Exchange,
+        model: str | None,
+        tried: Collection[str],
+        now: float,
+        claims: Collection[Typical] = (),
     ) -> Candidates:
         """The plan, less who can no longer answer before the exchange must be over; never empty."""
         if exchange.deadline is not None and now >= exchange.deadline:
@@ -175,13 +188,15 @@ class Chooser:
             raise self.nobody(exchange)
         totals = self._fleet.has_totals
         if totals or exchange.deadline is not None:
-            plan = hopeful(exchange, plan, now, totals=totals)
+            plan = hopeful(exchange, plan, now, totals=totals, claims=claims)
             if not plan:
                 detail = "too little time is left for any backend"
                 raise UpstreamError(Fault.DEADLINE, Stage.QUEUE, detail)
         return plan
 
-    def _admit(self, exchange: Exchange, plan: Candidates, place: Place | None) -> Choice | None:
+    def _admit(
+        self, exchange: Exchange, plan: Candidates, place: Place | None, now: float
+    ) -> Choice | None:
         queue, admits = self._queue, self._chain.admits
         for candidate in plan:
             backend = candidate.backend
@@ -204,6 +219,8 @@ class Chooser:
                     if other.last_resort:
                         spare -= 1
                 fleet, name = self._fleet, backend.provider
+                if exchange.deadline is not None or fleet.has_totals:
+                    note_risk(exchange, candidate, now)
                 return Choice(candidate, fleet.providers[name], fleet.hooks[name], permits, spare)
             _release(permits)
         return None

@@ -5,15 +5,17 @@ Rule 1: never a guess. What counts is what a backend's own good answers with thi
     the quickest of those that were seen, if there were three.
 Rule 2: only what is hopeless: half of what the quickest took (`Typical.quickest`) is not left.
 Rule 3: once in a while one is let through all the same. What is never tried is never seen to work,
-    and a short answer (`max_tokens: 1`) may be quicker than any before it.
+    and a short answer (`max_tokens: 1`) may be quicker than any before it. Who finds no room waits
+    for it as long as there is any time; what is only planned is no try.
 Rule 4: how long others will wait and work is not known, so nobody is refused for who waits ahead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from math import inf
 
-from ..contracts import Candidate, Candidates, Exchange, Live, Warmth
+from ..contracts import Candidate, Candidates, Exchange, Live, Typical, Warmth
 
 _PART = 0.5  # of what the quickest took
 _STARTS = 3  # seen, before they say what a start takes at least
@@ -38,22 +40,50 @@ def latest_start(exchange: Exchange, candidate: Candidate, now: float) -> float:
     return exchange.ends_on(candidate.backend) - needed(candidate.live, exchange, now)
 
 
-def hopeful(exchange: Exchange, candidates: Candidates, now: float, *, totals: bool) -> Candidates:
-    """Those that might still answer in time; where none might, now and then one is risked.
+def hopeful(
+    exchange: Exchange,
+    candidates: Candidates,
+    now: float,
+    *,
+    totals: bool,
+    claims: Collection[Typical] = (),
+) -> Candidates:
+    """Those that might still answer in time; where none might, those that may be risked now.
 
-    `totals` says whether some backend limits the whole time of an exchange.
+    `totals` says whether some backend limits the whole time of an exchange; `claims` are its own.
     """
     if not totals and _all_might(exchange, candidates, now):
         return candidates
     found = [c for c in candidates if now < latest_start(exchange, c, now)]
-    if not found:
-        for candidate in candidates:
-            typical = candidate.live.typical.get(exchange.work)
-            ends = exchange.ends_on(candidate.backend)
-            if now < ends and typical is not None and now - typical.risked >= _RISK_PAUSE:
-                typical.risked = now
-                return [candidate]
-    return found
+    return found or [c for c in candidates if _may_risk(exchange, c, now, claims)]
+
+
+def _may_risk(
+    exchange: Exchange, candidate: Candidate, now: float, claims: Collection[Typical]
+) -> bool:
+    typical = candidate.live.typical.get(exchange.work)
+    if typical is None or now >= exchange.ends_on(candidate.backend):
+        return False
+    return now - typical.risked >= _RISK_PAUSE or any(each is typical for each in claims)
+
+
+def note_risk(exchange: Exchange, candidate: Candidate, now: float) -> None:
+    """An attempt begins: if it is one that is risked, it is the one of its time."""
+    if now >= latest_start(exchange, candidate, now):
+        candidate.live.typical[exchange.work].risked = now
+
+
+def claim(exchange: Exchange, candidates: Candidates, now: float) -> list[Typical]:
+    """Who waits for room to be risked is the only one, until it takes it or `give_back`."""
+    claims = [candidate.live.typical[exchange.work] for candidate in candidates]
+    for typical in claims:
+        typical.risked = now
+    return claims
+
+
+def give_back(claims: Iterable[Typical]) -> None:
+    for typical in claims:
+        typical.risked = -inf
 
 
 def _all_might(exchange: Exchange, candidates: Candidates, now: float) -> bool:

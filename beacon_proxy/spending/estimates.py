@@ -19,7 +19,7 @@ from dataclasses import replace
 from ..contracts import Backend, Live, Outcome, Typical, Usage
 
 _WEIGHT = 0.2  # of the newest attempt in the averages: about the last ten count
-_RISE = 1.005  # of `Typical.quickest` with each attempt that took longer: twice as much after 140
+_RISE = 1.0002  # of `Typical.quickest` with each attempt that took longer: doubled after 3500
 _CAUTION = 8.0  # it begins at this part of the first one seen
 _MODELS = 64  # told apart, a backend
 _FEW = 48  # of them, for which nobody need know which was learnt the longest ago
