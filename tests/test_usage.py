@@ -472,6 +472,37 @@ def test_counts_when_one_piece_ends_events_and_begins_a_huge_one_are_of_the_righ
     assert (watch.told(), watch.ended, watch.load) == ((33, 5), True, 2.5)
 
 
+HUGE = "x" * 400_000
+
+
+@pytest.mark.parametrize("step", [16 << 10, 1 << 20])
+def test_counts_when_a_huge_event_is_not_the_last_are_those_of_the_end(step: int) -> None:
+    """Each event counts so far (vLLM): what is no end of a choice is no reason to add them up."""
+    usage = [{"prompt_tokens": 33, "completion_tokens": n} for n in range(1, 6)]
+    pieces = (
+        *(said("a", usage=usage[0]), said(HUGE, usage=usage[1])),
+        *(said("a", usage=usage[2]), finish(0, usage=usage[3]), counted(**usage[4]), DONE),
+    )
+    watch, stream = Watch(Shape.CHAT), b"".join(pieces)
+    for at in range(0, len(stream), step):
+        watch.feed(stream[at : at + step])
+    assert (watch.told(), watch.ended, watch.whole) == ((33, 5), True, True)
+
+
+@pytest.mark.parametrize("step", [16 << 10, 1 << 20])
+@pytest.mark.parametrize("behind", [(), (counted(**COUNTS),)])
+def test_counts_when_a_huge_event_is_the_last_are_its_own(
+    step: int, behind: tuple[bytes, ...]
+) -> None:
+    last = event(
+        {"choices": [{"delta": {"content": HUGE}, "finish_reason": "stop"}], "usage": COUNTS}
+    )
+    watch, stream = Watch(Shape.CHAT), b"".join((ROLE, *TOKENS, last, *behind, DONE))
+    for at in range(0, len(stream), step):
+        watch.feed(stream[at : at + step])
+    assert (watch.told(), watch.ended) == ((33, 5), True)
+
+
 def test_load_when_ollama_had_to_load_is_told_whatever_the_size_of_its_context() -> None:
     for size in (0, 900, 100_000):
         last = line({"context": list(range(size)), **LAST})

@@ -155,6 +155,7 @@ class Watch:
         "_last",
         "_lines",
         "_long",
+        "_long_ends",
         "_named",
         "_rest",
         "_shape",
@@ -171,6 +172,7 @@ class Watch:
         self._hints = _HINTS[shape]
         self._rest = b""  # the line not yet complete
         self._long: Ends | None = None  # of a line too long to be kept
+        self._long_ends = False  # it has an end mark
         self._last = b""  # the last whole lines
         self._lines = 0  # that ended behind the first content
         self._idle = 0  # events among them that are known to be no content
@@ -226,11 +228,12 @@ class Watch:
         """A line too long to be kept is content; an end mark inside it is believed as it stands."""
         if self._long is None:
             self._long = Ends(rest.removeprefix(b"data:").lstrip())
+            self._long_ends = False
         else:
             self._long.feed(rest[_LONGEST:])
         self.content = True
-        if not self.ended and any(hint in rest for hint in _HINTS[self._shape]):
-            self.ended = True
+        if any(hint in rest for hint in _HINTS[self._shape]):
+            self.ended = self._long_ends = True
         self._rest = rest[-_LONGEST:]
         self._hints = _ANY  # its end is to be read
 
@@ -299,8 +302,13 @@ class Watch:
         ends.feed(line[_LONGEST:].rstrip())
         responses = self._shape is _RESPONSES
         event = ends.document(b"response" if responses else b"")
-        self._count(event, _LAST)
-        self.ended = self.ended or any(hint in line for hint in _HINTS[self._shape])
+        if self._shape is _CHAT:
+            event["choices"] = [{}]  # only what one says is as long
+        if self._long_ends or any(hint in line for hint in _HINTS[self._shape]):
+            self.ended = True
+            self._count(event, _LAST)
+        else:
+            self._count(event, _CONTENT)
         after = self.ended and self._shape is _CHAT
         self._hints = _AFTER if after else _HINTS[self._shape]
 
