@@ -14,12 +14,12 @@ passes between is only counted, in lines, for the case that nobody says how many
 from __future__ import annotations
 
 import re
-from enum import StrEnum
 from typing import Any
 
 import orjson
 
 from .dialects import Shape
+from .signs import Sign, sign_of
 from .usage import NOTHING, Ends, Tally, Told, load_of
 
 _LINE_MAX = 256 << 10  # bytes of one event that are kept until it is complete
@@ -27,84 +27,10 @@ _LONGEST = 32  # bytes; no hint below is longer
 _BLANKS = 4  # bytes; no event is as short
 _BEFORE = 4096  # bytes kept of what came before a piece that ends an event, and no more
 
-
-class Sign(StrEnum):
-    """What one event of a stream says."""
-
-    NOTHING = "nothing"  # role chunks, pings, queue notices
-    CONTENT = "content"
-    LAST = "last"  # content, or the reason why there is no more
-    DONE = "done"  # `[DONE]`: the end, and no content by itself
-    ERROR = "error"
-
-
 # Reaching a member through its class runs Python code in 3.11, ten times the cost of a name.
 _QUIET, _CONTENT, _LAST, _END, _ERROR = Sign
 _CHAT, _RESPONSES = Shape.CHAT, Shape.RESPONSES
 _MESSAGES, _OLLAMA = Shape.MESSAGES, Shape.OLLAMA
-
-
-def _filled(value: Any) -> bool:
-    """Whether any leaf under `value` holds something to show, the role aside."""
-    if isinstance(value, dict):
-        return any(_filled(item) for key, item in value.items() if key != "role")
-    return bool(value)
-
-
-def _read_chat(event: dict[str, Any]) -> Sign:
-    choices = event.get("choices")
-    if not isinstance(choices, list):
-        return _QUIET if "usage" in event else _CONTENT
-    sign = _QUIET
-    for choice in choices:
-        if not isinstance(choice, dict):
-            return _CONTENT
-        if choice.get("finish_reason"):
-            return _LAST
-        if _filled(choice.get("delta")) or choice.get("text"):
-            sign = _CONTENT
-    return sign
-
-
-_RESPONSES_NOTHING = {"created", "queued", "in_progress", "output_item.added", "content_part.added"}
-
-
-def _read_responses(event: dict[str, Any]) -> Sign:
-    kind = str(event.get("type", "")).removeprefix("response.")
-    if kind in ("error", "failed"):
-        return _ERROR
-    if kind in ("completed", "incomplete"):
-        return _LAST
-    return _QUIET if kind in _RESPONSES_NOTHING else _CONTENT
-
-
-_MESSAGES_NOTHING = {"message_start", "ping", "content_block_start", "message_delta"}
-
-
-def _read_messages(event: dict[str, Any]) -> Sign:
-    kind = event.get("type")
-    if kind == "error":
-        return _ERROR
-    if kind == "message_stop":
-        return _LAST
-    return _QUIET if kind in _MESSAGES_NOTHING else _CONTENT
-
-
-def _read_ollama(event: dict[str, Any]) -> Sign:
-    if event.get("done") is True:
-        return _LAST
-    if "message" not in event and "response" not in event:
-        return _CONTENT
-    filled = _filled(event.get("message")) or event.get("response") or event.get("thinking")
-    return _CONTENT if filled else _QUIET
-
-
-_READERS = {
-    _CHAT: _read_chat,
-    _RESPONSES: _read_responses,
-    _MESSAGES: _read_messages,
-    _OLLAMA: _read_ollama,
-}
 _DONE = b"[DONE]"
 # A line that holds none of the four says nothing but content; one that does is parsed.
 _HINTS = {
@@ -128,13 +54,6 @@ def _event_in(data: bytes) -> dict[str, Any] | None:
     except orjson.JSONDecodeError:
         return None
     return event if isinstance(event, dict) else None
-
-
-def _sign_of(shape: Shape, event: dict[str, Any]) -> Sign:
-    """Classify one event, or one line of NDJSON."""
-    if event.get("error") and (shape is not _MESSAGES or event.get("type") == "error"):
-        return _ERROR
-    return _READERS[shape](event)
 
 
 class Watch:
@@ -261,7 +180,7 @@ class Watch:
         elif (event := _event_in(data)) is None:
             sign = _CONTENT  # not ours to judge
         else:
-            sign = _sign_of(self._shape, event)
+            sign = sign_of(self._shape, event)
             counts = "usage" in event or "timings" in event
             if counts or self._counts_all:
                 if sign is _LAST and not (counts or self.ended):
