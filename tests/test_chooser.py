@@ -24,6 +24,7 @@ from beacon_proxy.contracts import (
 )
 from beacon_proxy.errors import Limited, NoBackend, Overloaded, UpstreamError
 from beacon_proxy.fleet.fleet import Fleet
+from beacon_proxy.routing import queue as queue_module
 from beacon_proxy.routing.chain import Chain
 from beacon_proxy.routing.chooser import Choice, Chooser, Run
 from beacon_proxy.routing.queue import Queue
@@ -257,8 +258,75 @@ async def test_try_now_does_not_take_a_slot_that_was_promised_to_who_waits() -> 
     assert scene.chooser.try_now(exchange(), None, ()) is not None
 
 
+@dataclass(slots=True)
+class Rises:
+    """A limit that changes by itself; and one tenant that it never lets in."""
+
+    limit: int = 0
+    barred: str | None = "barred"
+
+    def admit(self, exchange: Exchange, backend: Backend) -> Permit | None:
+        if self.limit == 0 or exchange.tenant == self.barred:
+            return None
+        self.limit -= 1
+        return _Given(self)
+
+    def queue(self) -> QueueLimits:
+        return QueueLimits(9, 60.0)
+
+
+class _Given:
+    def __init__(self, of: Rises) -> None:
+        self._of = of
+
+    def release(self) -> None:
+        self._of.limit += 1
+
+
+def waiting(scene: Scene, **more: Any) -> asyncio.Task[Choice]:
+    choosing = scene.chooser.choose(exchange(**more), None, (), Run(), patient=True)
+    return asyncio.create_task(choosing, name="waiter")
+
+
+@pytest.mark.parametrize("tenants", [(None, None), ("a", "b")])
+async def test_try_now_when_a_limit_has_risen_leaves_the_room_to_who_waits(
+    monkeypatch: pytest.MonkeyPatch, tenants: tuple[str | None, ...]
+) -> None:
+    monkeypatch.setattr(queue_module, "RECHECK", 60.0)
+    rises = Rises()
+    scene = Scene(backend(), chain=(rises,))
+    waiters = [waiting(scene, tenant=tenant) for tenant in tenants]
+    await asyncio.sleep(0)
+    rises.limit = 3
+    assert scene.chooser.try_now(exchange(), None, ()) is None
+    assert (scene.queue.owed, rises.limit) == (1, 3)
+    newcomer = waiting(scene)
+    assert [len((await asyncio.wait_for(each, 2)).permits) for each in waiters] == [1, 1]
+    assert len((await asyncio.wait_for(newcomer, 2)).permits) == 1, "and so does the newcomer"
+    assert (scene.queue.owed, len(scene.queue), rises.limit) == (0, 0, 0)
+
+
+async def test_try_now_when_who_waits_will_not_have_the_room_takes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who is refused for another reason than room holds up nobody."""
+    monkeypatch.setattr(queue_module, "RECHECK", 60.0)
+    rises = Rises()
+    scene = Scene(backend(), chain=(rises,))
+    barred = waiting(scene, tenant="barred")
+    await asyncio.sleep(0)
+    rises.limit = 3
+    taken = await asyncio.wait_for(waiting(scene), 2)
+    assert len(taken.permits) == 1
+    for _ in range(2):
+        assert scene.chooser.try_now(exchange(), None, ()) is not None, "it was offered once"
+    assert len(scene.queue) == 1
+    barred.cancel()
+    await asyncio.gather(barred, return_exceptions=True)
+
+
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("jwrtl"), st.integers(0, 5)), max_size=60))
+@given(st.lists(st.tuples(st.sampled_from("jwrtly"), st.integers(0, 5)), max_size=60))
 def test_owed_is_the_number_of_promises_whatever_happens(steps: list[tuple[str, int]]) -> None:
     """The chooser asks `owed` first: a promise that it does not count would be broken."""
 
@@ -273,6 +341,8 @@ def test_owed_is_the_number_of_promises_whatever_happens(steps: list[tuple[str, 
                 places.append(place)
             elif what == "r":
                 queue.released(name)
+            elif what == "y":
+                assert queue.yields(name) == queue.promised(name, None)
             elif places:
                 place = places[n % len(places)]
                 if what == "w":

@@ -214,6 +214,9 @@ class Chooser:
                 if permit is not NO_SLOT:
                     permits.append(permit)
             else:
+                if place is None and queue.places and queue.yields(backend.name):
+                    _release(permits)
+                    continue
                 spare = len(plan) if candidate.last_resort else len(plan) - 1
                 for other in plan:
                     if other.last_resort:

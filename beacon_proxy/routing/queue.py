@@ -6,6 +6,9 @@ backend, and who takes one sends its line to the end of the round. So a tenant t
 once before any other is served twice, however many it sends; where nobody is called a tenant there
 is one line, and who came first is first.
 
+Room that comes without a release is found by a newcomer first: it is promised, likewise, to who
+waits for that backend. That of a backend which nobody waited for, since it was ejected, is not.
+
 A slot that is promised nobody may take before the one it is promised to has tried. Who is refused
 for another reason than room passes it on, and holds up nobody.
 
@@ -56,7 +59,7 @@ class _Line:
         for place in self.places:
             if name not in place.wants or place.wake is None or place.wake.done():
                 continue
-            if not place.refused or place.refused.get(name, 0) < offer:
+            if not place.refused or place.refused.get(name, -1) < offer:
                 return place
         return None
 
@@ -65,6 +68,7 @@ class Queue:
     """Exchanges that wait for a slot.
 
     Attributes:
+        places: who waits, in the order they came.
         owed: free slots that are promised to somebody, over all backends.
     """
 
@@ -75,7 +79,7 @@ class Queue:
         self.limits = limits
         self._told = told
         self._clock = clock
-        self._places: dict[Place, None] = {}  # in the order they came
+        self.places: dict[Place, None] = {}
         self._lines: dict[str | None, _Line] = {}  # in the order of the round
         self._wanted: dict[str, int] = {}
         self.owed = 0
@@ -86,11 +90,11 @@ class Queue:
         self._taken: deque[float] = deque(maxlen=_REMEMBERED)  # monotonic s, since then
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.places)
 
     @property
     def full(self) -> bool:
-        return len(self._places) >= self.limits.size
+        return len(self.places) >= self.limits.size
 
     def waiting(self, name: str) -> int:
         """How many wait that this backend would do for."""
@@ -110,22 +114,35 @@ class Queue:
         self._turned_away.add(name)
         return True
 
+    def yields(self, name: str) -> bool:
+        """Whether room that a newcomer found on this backend goes to one who waits for it.
+
+        It came without a release, for a limit has risen. Who has refused the latest offer, be it
+        for another reason than room, is passed over.
+        """
+        if name in self._wanted:
+            self._promise(name, self._offers)
+        if name not in self._promised:
+            return False
+        self._turned_away.add(name)
+        return True
+
     def join(self, wants: frozenset[str], tenant: str | None = None) -> Place:
         """Take a place at the end of the tenant's line. The caller has seen `has_place`."""
         if self.full:
             self._displace(self._displaceable(tenant))
         now = self._clock()
-        if not self._places:
+        if not self.places:
             self._since = now
             self._taken.clear()
         place = Place(wants, tenant, now)
-        self._places[place] = None
+        self.places[place] = None
         line = self._lines.get(tenant)
         if line is None:
             line = self._lines[tenant] = _Line()
         line.places[place] = None
         self._count(wants, 1)
-        self._told(len(self._places))
+        self._told(len(self.places))
         return place
 
     def want(self, place: Place, wants: frozenset[str]) -> None:
@@ -202,18 +219,18 @@ class Queue:
 
         The time until all who wait now are served. While nobody was: as long as they have waited.
         """
-        if not self._places:
+        if not self.places:
             return _LEAST_WAIT
         taken = self._taken
         began = taken[0] if len(taken) == _REMEMBERED else self._since
         seconds = self._clock() - began
         if taken:
-            seconds *= (len(self._places) + 1) / len(taken)
+            seconds *= (len(self.places) + 1) / len(taken)
         return min(max(seconds, _LEAST_WAIT), _MOST_WAIT)
 
     def gauges(self) -> Iterable[Gauge]:
         """See `contracts.Measures`. By nothing that a client makes up: no tenant, no model."""
-        oldest = next(iter(self._places), None)
+        oldest = next(iter(self.places), None)
         waited = self._clock() - oldest.joined if oldest is not None else 0.0
         yield Gauge("queue_oldest_seconds", "How long the longest in the queue has waited.", waited)
 
@@ -236,13 +253,13 @@ class Queue:
             _wake(place.wake)
 
     def _remove(self, place: Place) -> None:
-        del self._places[place]
+        del self.places[place]
         places = self._lines[place.tenant].places
         del places[place]
         if not places:
             del self._lines[place.tenant]
         self._count(place.wants, -1)
-        self._told(len(self._places))
+        self._told(len(self.places))
 
     def _keep(self, name: str) -> None:
         """One promise less."""
