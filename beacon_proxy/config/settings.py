@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from .alerts import KEY_LEAST, Alerts, signing_key
 from .autoscale import Autoscale
@@ -182,7 +182,3 @@ def _nowhere(ledger: Ledger) -> list[str]:
     if not ledger.path or folder.is_dir():
         return []
     return [f"ledger.path: nothing is recorded while there is no folder {folder}"]
-
-
-def _default(model: type[BaseModel], key: str) -> Any:
-    return model.model_fields[key].default
