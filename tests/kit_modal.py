@@ -217,11 +217,13 @@ class Function:
             return
         sent = 0
         while True:
-            await conn.send(bytes(call.data[sent:]))
-            sent = len(call.data)
-            if call.ended:
+            if fresh := bytes(call.data[sent:]):
+                sent += len(fresh)  # before the wait: more may be said during it
+                await conn.send(fresh)
+            elif call.ended:
                 return
-            await call.change()
+            else:
+                await call.change()
 
     def _place(self, received: Received, call: Call) -> bytes:
         base = received.target

@@ -165,6 +165,22 @@ async def test_function_when_it_streams_past_the_cut_is_not_cut() -> None:
     once(edge, gets=1)
 
 
+async def test_function_when_it_says_one_event_each_turn_of_the_loop_loses_none() -> None:
+    """The edge sends while more is said, in whatever turn of the loop that happens."""
+    events = chat_events("hello ", 40)
+
+    async def quick(call: Call) -> None:
+        for each in (SSE_HEAD, *map(chunk, events), LAST_CHUNK):
+            call.answer(each)
+            await asyncio.sleep(0)
+
+    edge = Function(quick)
+    async with edge, proxy(row(edge)) as p:
+        got = await ask(p, chat(stream=True))
+    assert (got.status, got.complete, got.body) == (200, True, b"".join(events))
+    once(edge, gets=0)
+
+
 async def test_function_when_the_path_is_no_inference_follows_all_the_same() -> None:
     """A GET may always be sent, and the POST is not repeated: so it holds on any path."""
     edge = Function(answers(json_bytes({"done": 1}), cuts=1))
