@@ -160,7 +160,7 @@ def test_choice_when_others_are_too_dear_counts_only_those_that_fit() -> None:
     s = Scene(cheap(), dear(), dear("dearer"))
     choice = s.chooser.try_now(exchange(), None, ())
     assert choice is not None
-    assert (choice.candidate.backend.name, choice.spare) == ("cheap", 0)
+    assert (choice.candidate.backend.name, choice.spare) == ("cheap", False)
     assert s.chooser.warm_elsewhere(exchange(), None, ("cheap",)) is False
     release(choice.permits)
 

@@ -38,7 +38,7 @@ class Choice:
     provider: Provider
     hooks: Hooks
     permits: list[Permit]  # to be released, each once
-    spare: int  # other candidates that stand ready
+    spare: bool  # whether another candidate stands ready
 
 
 @dataclass(slots=True)
@@ -217,10 +217,11 @@ class Chooser:
                 if place is None and queue.places and queue.yields(backend.name):
                     _release(permits)
                     continue
-                spare = len(plan) if candidate.last_resort else len(plan) - 1
+                spare = False
                 for other in plan:
-                    if other.last_resort:
-                        spare -= 1
+                    if not other.last_resort and other is not candidate:
+                        spare = True
+                        break
                 fleet, name = self._fleet, backend.provider
                 if exchange.deadline is not None or fleet.has_totals:
                     note_risk(exchange, candidate, now)

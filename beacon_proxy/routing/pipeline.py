@@ -154,7 +154,7 @@ class Pipeline:
         live.in_flight += 1
         live.picked += 1
         try:
-            lone = choice.spare == 0 or not exchange.may_repeat
+            lone = not (choice.spare and exchange.may_repeat)
             await attempt.open(source, lone=lone)
             delay = None
             if choice.hooks.hop is not None:

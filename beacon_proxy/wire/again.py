@@ -93,20 +93,19 @@ class Again(Generic[T]):
         return None
 
     def _fits(self, data: bytes) -> bool:
-        at, match, values = len(self._first), _VALUE.match, []
+        at, length = len(self._first), self._length
+        values, digits = [], b""
         for after in self._rest:
-            found = match(data, at)
-            if found is None:
-                return False
-            end = found.end()
-            if not data.startswith(after, end):
+            end = data.find(after, at, _HEAD_MOST)
+            if end < 0:
                 return False
             values.append(data[at:end])
             at = end + len(after)
-        if at > _HEAD_MOST:
-            return False
-        digits = values[self._length] if self._length >= 0 else b""
-        if digits and not (digits.isdigit() and len(digits) < 10):
+        if length >= 0:
+            digits = values[length]
+            if not (digits.isdigit() and len(digits) < 10):
+                return False
+        if len(values) > (length >= 0) and not all(map(_VALUE.fullmatch, values)):
             return False
         self.values, self.digits, self.body_at = values, digits, at
         return len(data) - at == (int(digits) if digits else 0)

@@ -33,6 +33,7 @@ _GUESS = Typical(billed=5.0, input=200.0, output=200.0)  # while no answer has b
 def by_blend(first: str, candidates: Candidates, work: str | None, now: float) -> Rank:
     """The pool that is due, then the other, then any that has no share."""
     second = "burst" if first == "baseline" else "baseline"
+    turns = {first: 0, second: 1}
     price_of: Callable[[Backend], float] | None = None
 
     def rank(c: Candidate) -> tuple[float, ...]:
@@ -46,7 +47,7 @@ def by_blend(first: str, candidates: Candidates, work: str | None, now: float) -
             price = price_of(backend)
         return (
             c.priority,
-            0 if backend.pool == first else 1 if backend.pool == second else 2,
+            turns.get(backend.pool, 2),
             live.cold_from <= now and live.cold_at(now),
             c.distance,
             price,
