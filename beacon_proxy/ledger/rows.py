@@ -46,12 +46,7 @@ class Rows:
         models = self._models
         rows: list[Row] = []
         for exchange_id, trace_id, tenant, model, path, stream, outcome in given:
-            if model is None:
-                name = ""
-            elif model in models:
-                name = models[model]
-            else:
-                name = self._name(model)
+            name = "" if model is None else models.get(model) or self._name(model)
             backend, usage, status = outcome.backend, outcome.usage, outcome.status
             fault, ttft, cold_start = outcome.fault, outcome.ttft, outcome.cold_start
             duration = outcome.duration

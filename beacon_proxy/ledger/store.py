@@ -159,9 +159,10 @@ class Store:
 
 def _insert(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
     usual = len(COLUMNS)
+    rare = [row for row in rows if len(row) != usual]
     connection.execute("BEGIN IMMEDIATE")
-    _USUAL.run(connection, [row for row in rows if len(row) == usual])
-    _RARE.run(connection, [row for row in rows if len(row) != usual])
+    _USUAL.run(connection, [row for row in rows if len(row) == usual] if rare else rows)
+    _RARE.run(connection, rare)
     connection.execute("COMMIT")
 
 

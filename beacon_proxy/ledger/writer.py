@@ -7,9 +7,9 @@ Rule 2: what the thread takes is its own until the file has it. A file that cann
 Rule 3: the thread writes all there is at once, every `flush_interval`. So a process that dies loses
     what ended in its last interval, or less. Only where it finds nothing it sleeps, and has to be
     woken by the next row.
-Rule 4: one thread gives, the loop's, and one takes. So the two need no lock: a deque may be used
-    from both ends, each number is written by one side alone, and the thread says that it sleeps
-    before it looks for the last time.
+Rule 4: one thread gives, the loop's, and one takes. So the two need no lock: the one appends to a
+    list, the other takes from its front, each in one step of the interpreter; each number is
+    written by one side alone, and the thread says that it sleeps before it looks for the last time.
 Rule 5: it is a daemon: a disk that hangs holds up nobody, not even the end of the process.
 """
 
@@ -19,7 +19,6 @@ import asyncio
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -64,7 +63,7 @@ class Ledger:
         self._max_rows = max_rows
         self._make = Rows()
         # Written by the loop:
-        self._waiting: deque[Given] = deque()
+        self._waiting: list[Given] = []
         self._dropped = 0
         self._closed = False
         self._close_by = 0.0
@@ -251,7 +250,8 @@ class Ledger:
         waiting, count = self._waiting, len(self._waiting)
         self._room = self._max_rows - len(self._rows) - count
         offset = self._unix() - self._clock()
-        given = [waiting.popleft() for _ in range(count)]
+        given = waiting[:count]
+        del waiting[:count]
         try:
             self._rows += self._make.of(given, offset)
         except Exception:  # one of them, of which all others know nothing
