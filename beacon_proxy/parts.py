@@ -74,6 +74,7 @@ def make_ledger(settings: Settings, telemetry: Telemetry) -> Ledger | None:
         options.path,
         flush_interval=options.flush_interval,
         retention_days=options.retention_days,
+        max_size=options.max_size,
         notify=telemetry.notify,
     )
 

@@ -41,6 +41,7 @@ def test_settings_when_nothing_is_given_are_the_documented_defaults() -> None:
         "path": "beacon.db",
         "flush_interval": 0.25,
         "retention_days": 90,
+        "max_size": None,
     }
     chain = [entry.name for entry in settings.middleware]
     assert chain == ["health", "region", "cost", "capacity", "failover"]

@@ -138,6 +138,7 @@ SECTION_PROBLEMS = [
         "discovery[0].backend.kind: must be one of ",
     ),
     ("ledger: {flush_interval: 0}", "ledger.flush_interval: must be > 0, got 0"),
+    ("ledger: {max_size: 1000}", "ledger.max_size: must be >= 1048576, got 1000"),
     (
         "ledger: {retention_days: 30.5}\nbudgets: [{name: d, per: day, usd: 1},"
         " {name: m, per: month, usd: 1}]",

@@ -769,6 +769,43 @@ def test_old_rows_when_there_are_very_many_hold_up_no_turn_for_long(
     assert left == [2000, 1000, 0, 0, 0]
 
 
+def test_rows_when_the_file_may_take_no_more_leave_from_the_oldest_and_it_is_told(
+    tmp_path: Path,
+) -> None:
+    most = 1 << 20
+    site = Site(tmp_path / "beacon.db", max_size=most)
+    for n in range(8_000):
+        site.attempt(an_exchange(f"{n:05}", model="some/model-of-70B"))
+    site.ledger.turn()
+    ids = site.rows("exchange_id")
+    assert ids == [f"{n:05}" for n in range(8_000 - len(ids), 8_000)]
+    assert 3_000 < len(ids) < 8_000
+    assert most / 2 < site.gauge("size_bytes") <= most
+    assert site.events == [("ledger.shortened", {"path": str(site.path), "max_size": most})]
+
+    size = site.path.stat().st_size
+    for _ in range(5):  # what was deleted makes room for what comes
+        for n in range(500):
+            site.attempt(an_exchange(str(n), model="some/model-of-70B"))
+        site.clock.now += 61.0
+        site.ledger.turn()
+    assert site.gauge("size_bytes") <= most
+    assert site.path.stat().st_size <= size * 1.2
+    assert len(site.events) == 1  # once a day
+    assert whole(site.path)
+    site.ledger.close()
+
+
+def test_rows_when_the_bound_is_wide_stay(tmp_path: Path) -> None:
+    site = Site(tmp_path / "beacon.db", max_size=1 << 30)
+    for n in range(1_200):
+        site.attempt(an_exchange(str(n)))
+    site.ledger.turn()
+    assert len(site.rows("id")) == 1_200
+    assert (site.events, site.ledger.lost) == ([], 0)
+    site.ledger.close()
+
+
 # -- the thread ----------------------------------------------------------------------------------
 
 

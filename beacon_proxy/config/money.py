@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .values import Name, NotNegative, Positive, Scope, Section, Token
+from .values import Name, NotNegative, Positive, Scope, Section, Size, Token
 
 
 class Ledger(Section):
@@ -15,6 +15,11 @@ class Ledger(Section):
     path: str = Field(default="beacon.db", description='SQLite file; "": off')
     flush_interval: Positive = Field(default=0.25, description="s between two writes")
     retention_days: Positive = Field(default=90.0, description="days that an attempt is kept")
+    max_size: Size | None = Field(
+        default=None,
+        description="bytes it may take, the oldest attempts go first; left out: no bound",
+        examples=[1073741824],
+    )
 
 
 class Budget(Section):

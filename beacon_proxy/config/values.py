@@ -199,6 +199,7 @@ Moment = Annotated[
 ]
 Port = Annotated[int, Field(ge=0, le=65535), BeforeValidator(no_flag)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(no_flag)]
+Size = Annotated[int, Field(ge=1 << 20), BeforeValidator(no_flag)]
 Text = Annotated[str, Field(min_length=1)]
 Region = Annotated[str, Field(min_length=1), AfterValidator(_region)]
 Url = Annotated[str, AfterValidator(_url)]

@@ -50,6 +50,10 @@ _TRIM = """
 DELETE FROM attempts WHERE id IN
   (SELECT id FROM attempts WHERE ended_unix < ? ORDER BY ended_unix LIMIT ?)"""
 
+_SIZE = """
+SELECT page_count, freelist_count, page_size
+FROM pragma_page_count, pragma_freelist_count, pragma_page_size"""
+
 # What a value is to blame for, and not the file.
 _UNFIT = (
     *(sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError),
@@ -108,6 +112,20 @@ class Store:
         except sqlite3.Error as error:
             self.close()
             raise LedgerError.of(error) from error
+
+    def size(self) -> int:
+        """Bytes of the file that hold something; what was deleted is not among it.
+
+        Raises:
+            LedgerError: it cannot be read.
+        """
+        try:
+            connection = self._connection or self._open()
+            ((pages, free, each),) = connection.execute(_SIZE)
+        except sqlite3.Error as error:
+            self.close()
+            raise LedgerError.of(error) from error
+        return int(pages - free) * int(each)
 
     def close(self) -> str:
         """Close the file; says what became of the log of one that has another name now."""

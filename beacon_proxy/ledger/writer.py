@@ -22,6 +22,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from math import inf
 
 from ..contracts import Clock, Exchange, Fleet, Gauge, Notify, Outcome
 from ..errors import told
@@ -39,6 +40,7 @@ _TRIM_EVERY = 60.0  # s between two looks for rows that are too old
 _TRIM_STEP = 500  # rows deleted by one transaction
 _TRIM_TIME = 0.05  # s of a turn that deletions may take
 _DAY = 86_400.0
+_TELL_SHORTER = _DAY  # until it is told again that rows went before their time
 
 
 class Ledger:
@@ -50,14 +52,16 @@ class Ledger:
         *,
         flush_interval: float,
         retention_days: float,
+        max_size: int | None = None,
         notify: Notify,
         clock: Clock = time.monotonic,
         unix: Clock = time.time,
         max_rows: int = MAX_ROWS,
     ) -> None:
-        """`clock` is that of `Outcome.started`."""
+        """`clock` is that of `Outcome.started`; `max_size` is bytes, None: no bound."""
         self._store = Store(path)
         self._interval, self._retention = flush_interval, retention_days * _DAY
+        self._max_size = inf if max_size is None else max_size
         self._notify = self._tell = notify
         self._clock, self._unix = clock, unix
         self._max_rows = max_rows
@@ -77,7 +81,9 @@ class Ledger:
         self._flushed = 0.0  # unix s; 0: never
         self._trouble = _Trouble()
         self._trim_at = 0.0
+        self._size = 0  # bytes, at the last look
         self._skipped = -_TELL_AGAIN  # when it was last told that an attempt was left out
+        self._shortened = -_TELL_SHORTER  # when it was last told that rows went early
         self._turned = threading.Condition()
         self._wake = threading.Event()
 
@@ -130,6 +136,7 @@ class Ledger:
         yield Gauge(
             "ledger_rows_lost", "Attempts that never will be in it.", self.lost, counts=True
         )
+        yield Gauge("ledger_size_bytes", "What it takes, less what was deleted.", self._size)
         yield Gauge(
             "ledger_last_flush_timestamp_seconds", "When it was last written to.", self._flushed
         )
@@ -287,9 +294,16 @@ class Ledger:
         if now < self._trim_at:
             return
         while self._clock() < now + _TRIM_TIME:
-            if self._store.trim(self._unix() - self._retention, _TRIM_STEP) < _TRIM_STEP:
+            if self._store.trim(self._unix() - self._retention, _TRIM_STEP) == _TRIM_STEP:
+                continue  # there may be more of them
+            self._size = self._store.size()
+            if self._size <= self._max_size:
                 self._trim_at = now + _TRIM_EVERY
                 return
+            self._store.trim(inf, _TRIM_STEP)
+            if now - self._shortened >= _TELL_SHORTER:
+                self._shortened = now
+                self._tell("ledger.shortened", path=self.path, max_size=self._max_size)
 
     def _fail(self, error: LedgerError) -> None:
         now, trouble = self._clock(), self._trouble

@@ -43,6 +43,7 @@ LEVELS = {
     "gauges.failed": "error",
     "job.left_behind": "warning",
     "ledger.failed": "error",
+    "ledger.shortened": "warning",
     "ledger.skipped": "error",
     "observe.failed": "error",
     "performance.stopped": "error",
