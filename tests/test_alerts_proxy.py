@@ -9,6 +9,8 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
+import pytest
+
 from beacon_proxy.contracts import Gauge
 
 from .kit import (
@@ -151,6 +153,7 @@ async def test_provider_when_its_only_backend_dies_is_down_without_any_webhook()
     assert active['{rule="provider_down"}'] == 1.0
 
 
+@pytest.mark.usefixtures("mid_window")
 async def test_budgets_when_they_refuse_by_design_wake_nobody() -> None:
     """One of nothing holds for rented nodes; one of a tenant is that tenant's trouble."""
     budgets = [

@@ -301,6 +301,7 @@ async def test_cost_on_a_path_that_we_do_not_know_is_seconds_where_those_are_bil
     assert 0 < outcomes[0].usd == outcomes[0].billed
 
 
+@pytest.mark.usefixtures("mid_window")
 async def test_budget_when_a_path_is_spelt_another_way_is_spent_all_the_same() -> None:
     """The first says how dear it is; nobody gets a second one by asking elsewhere."""
     dear = {**GOOD, "usage": {"prompt_tokens": 1_000_000, "completion_tokens": 0}}

@@ -195,6 +195,7 @@ def test_blend_when_the_pool_that_is_due_has_no_money_spills_and_owes_it() -> No
     assert after.count("dear") == pytest.approx(120, abs=4), "and it is paid back by and by"
 
 
+@pytest.mark.usefixtures("mid_window")
 async def test_proxy_when_only_a_dear_one_is_well_answers_429_and_asks_nobody() -> None:
     """The cheap one is dead: asked until it is ejected, and not once after that."""
     async with RawBackend(json_answer(CHAT.document)) as alive:

@@ -49,6 +49,8 @@ from .test_cases_upg import HANDSHAKE, switch
 from .test_inference_route import ask as ask_inference
 from .test_inference_route import read
 
+pytestmark = pytest.mark.usefixtures("mid_window")
+
 DOCS = Path(__file__).parent.parent / "docs" / "budgets.md"
 GOOD = json_answer(CHAT.document)
 ACME = "822b33ad87c148a0"  # printf %s acme | sha256sum | cut -c1-16
@@ -610,5 +612,5 @@ async def test_restored_spend_when_it_fills_a_budget_turns_requests_away() -> No
         p.app.budgets.restore(since, [Past("burst", "openai", "b0", "us-east", None, 1.0)])
         got = await ask(p)
         assert refused(got)
-        left = 86_400 - time.time() % 86_400
+        left = since + 86_400 - time.time()
         assert abs(int(got.header("retry-after")[0]) - left) < 60

@@ -20,6 +20,8 @@ from .kit import RawBackend, RawClient, chat, eventually, json_answer, proxy
 from .kit_proxy import Proxy
 from .test_inference_route import SAID
 
+pytestmark = pytest.mark.usefixtures("mid_window")
+
 
 def spent(running: Proxy) -> dict[str, float]:
     gauges = running.app.budgets.gauges()

@@ -145,7 +145,7 @@ def test_report_when_nothing_was_spent_is_empty(book: Book) -> None:
         ("region", ["eu-west", "us-east"]),
         ("model", ["big", None, "m"]),
         ("tenant", ["t1", None]),
-        ("day", [date(3 * DAY), date(DAY), date(60.0)]),
+        ("day", [date(3 * DAY), date(DAY), date(0.0)]),
         ("backend", ["modal-eu", "golem-1"]),
         ("pool", ["burst", "baseline"]),
     ],
@@ -155,7 +155,7 @@ def test_report_by_each_has_the_dearest_first_but_days_in_their_order(
 ) -> None:
     book.attempt(MODAL, usd=0.5, model="Big", tenant="t1", ago=3 * DAY)
     book.attempt(usd=0.1, model=None, ago=DAY)
-    book.attempt(usd=0.05)
+    book.attempt(usd=0.05, ago=0.0)  # a minute ago may be the day before
     assert [row[by] for row in book.report(by=by)["rows"]] == names
     assert len(BY) == 7
 
