@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -27,6 +28,17 @@ from .kit_wire import (
 Script = Callable[["BackendConn"], Awaitable[None]]
 
 CRLF = b"\r\n"
+
+
+def held_port(host: str = "127.0.0.1") -> socket.socket:
+    """A socket that never listens and holds its port while no server does.
+
+    Else somebody else gets the port meanwhile. A server that asks to reuse the address gets it.
+    """
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((host, 0))
+    return sock
 
 
 @dataclass
@@ -201,6 +213,7 @@ class RawBackend:
         self.closed = Closes()
         self.errors: list[BaseException] = []  # what scripts raised; raised again at the end
         self._server: asyncio.Server | None = None
+        self._holder: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._wires: set[Wire] = set()
 
@@ -228,6 +241,8 @@ class RawBackend:
         trace: TracebackType | None,
     ) -> None:
         await self.stop()
+        if self._holder is not None:
+            self._holder.close()
         if exc is None and self.errors:
             raise self.errors[0]
 
@@ -235,11 +250,13 @@ class RawBackend:
         """Accept connections; after `stop` again on the same port. Called twice it does nothing."""
         if self._server is not None:
             return
+        if self._holder is None:
+            self._holder = held_port(self.host)
+            self.port = self._holder.getsockname()[1]
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
             lambda: Wire(self._opened), self.host, self.port, reuse_address=True
         )
-        self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
         """Stop listening and cut every connection: the death of a backend."""
@@ -256,6 +273,10 @@ class RawBackend:
         await asyncio.sleep(0)
 
     def _opened(self, wire: Wire) -> None:
+        if self._server is None:  # accepted just before `stop`: the dead answer nobody
+            wire.closing = True
+            wire.transport.abort()
+            return
         self.accepted += 1
         self._wires = {w for w in self._wires if not w.lost} | {wire}
         conn = BackendConn(self, wire)

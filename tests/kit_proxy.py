@@ -21,7 +21,7 @@ from typing import Any
 
 import structlog
 
-from .kit_backend import RawBackend, Received, Script
+from .kit_backend import RawBackend, Received, Script, held_port
 from .kit_client import Answer, RawClient
 from .kit_scripts import answer as scripted
 
@@ -48,9 +48,11 @@ async def eventually(predicate: Callable[[], object], timeout: float = 2.0) -> N
 
 @contextmanager
 def closed_port() -> Iterator[int]:
-    """A port that refuses connections and that nobody else can take meanwhile."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
+    """A port that refuses connections and that nobody else can take meanwhile.
+
+    A server of the test's own can, if it asks to reuse the address.
+    """
+    with held_port() as sock:
         yield sock.getsockname()[1]
 
 

@@ -21,13 +21,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+
+from .kit_proxy import closed_port
 
 ENDPOINT = "ep"
 KEY = "rpa_test"
@@ -482,11 +484,10 @@ def worker(
 
 @contextmanager
 def local_server(home: Path, server: str, *args: str) -> Iterator[str]:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    options = ("--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", str(port))
-    with worker(home, server, *args, *options) as process:
+    with ExitStack() as stack:
+        port = stack.enter_context(closed_port())  # held until the server has it: uvicorn reuses it
+        options = ("--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", str(port))
+        process = stack.enter_context(worker(home, server, *args, *options))
         end = time.monotonic() + STARTS
         while True:
             try:

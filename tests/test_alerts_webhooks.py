@@ -248,10 +248,10 @@ async def test_webhook_when_its_receiver_is_down_for_a_while_arrives_then_in_ord
             webhooks.send(message(number))
         await asyncio.sleep(0.05)
         assert counts(webhooks) == {"delivered": 0, "failed": 0, "dropped": 0, "waiting": 5}
-    async with receiver(port=port) as to:
-        await eventually(lambda: len(to.taken) == 5)
-        await eventually(lambda: counts(webhooks)["delivered"] == 5)
-        await sending.__aexit__(None, None, None)
+        async with receiver(port=port) as to:
+            await eventually(lambda: len(to.taken) == 5)
+            await eventually(lambda: counts(webhooks)["delivered"] == 5)
+            await sending.__aexit__(None, None, None)
     assert [got.json["text"].split(" %")[0][-1] for got in to.taken] == list("01234")
     assert told == []
 

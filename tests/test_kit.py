@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import pytest
 
+from . import kit_backend
 from .kit import (
     LAST_CHUNK,
     SSE_HEAD,
     BackendConn,
     RawBackend,
     RawClient,
+    Wire,
     answer,
     blackhole,
     chat,
@@ -242,6 +245,29 @@ async def test_dead_backend_refuses_and_comes_back_on_the_same_port():
         await b.listen()
         async with RawClient(port) as c:
             assert (await c.ask(request("GET", "/"))).body == b"ok"
+
+
+async def test_dead_backend_has_cut_a_connection_that_was_just_coming(monkeypatch):
+    """It is accepted when its death begins, and made only after it."""
+    async with RawBackend(answer(OK)) as b:
+        dying = []
+
+        def accepted(opened):
+            dying.append(asyncio.ensure_future(b.stop()))
+            return Wire(opened)
+
+        monkeypatch.setattr(kit_backend, "Wire", accepted)
+        async with RawClient(b.port) as c:
+            assert (await c.ask(request("GET", "/"))).status == 0
+            assert await c.closed()
+        await asyncio.gather(*dying)
+
+
+async def test_dead_backend_keeps_its_port():
+    async with RawBackend(answer(OK)) as b:
+        await b.stop()
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", b.port))
 
 
 async def test_closed_port_refuses():
