@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import pytest
 
@@ -279,3 +280,54 @@ async def test_tunnel_when_silent_for_longer_than_idle_is_closed_and_returns_its
         assert await client.closed(2)
         await eventually(lambda: p.in_flight() == 0)
         await backend.closed.wait()
+
+
+@contextmanager
+def speaks_beside(pieces: int, gap: float) -> Iterator[int]:
+    """A backend in a thread, which speaks on while our process stands still; its port."""
+
+    def speak() -> None:
+        connection, _ = server.accept()
+        with connection, suppress(ConnectionError):
+            connection.recv(65536)
+            connection.sendall(CHUNKED)
+            for _ in range(pieces):
+                connection.sendall(chunk(b"piece"))
+                time.sleep(gap)
+            connection.sendall(LAST_CHUNK)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=speak, daemon=True)
+        thread.start()
+        yield int(server.getsockname()[1])
+        thread.join(10)
+
+
+async def stands_still(seconds: float) -> None:
+    """Block the loop where it reads, so that timers run before it reads again."""
+    loop, stood = asyncio.get_running_loop(), asyncio.Event()
+    one, other = socket.socketpair()
+
+    def still() -> None:
+        loop.remove_reader(one)
+        time.sleep(seconds)
+        stood.set()
+
+    with one, other:
+        loop.add_reader(one, still)
+        other.send(b"x")
+        await stood.wait()
+
+
+async def test_proxy_when_it_stood_still_cuts_no_stream_that_went_on_meanwhile() -> None:
+    """A pause of the machine, longer than the limit, was taken for a silence of the backend."""
+    with speaks_beside(10, 0.05) as port:
+        row = {"url": f"http://127.0.0.1:{port}"}
+        quiet = {"timeouts": {"idle": 0.2}, "middleware": ["failover"]}
+        async with proxy(row, **quiet) as p, RawClient(p.port) as client:
+            await client.send(request("GET", "/x"))
+            await client.read_until(b"piece")
+            await stands_still(0.4)
+            await client.read_until(LAST_CHUNK)
+            (told,) = await p.exchanges(1)
+    assert (told["end"], told["reason"]) == ("complete", None)
