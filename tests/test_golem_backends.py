@@ -36,7 +36,7 @@ from .kit import (
     request,
 )
 from .kit_ollama import SAID, Yagna, yagna
-from .real import MODEL, Child, idle, row, slots_busy
+from .real import MODEL, Child, row, slots_busy, stopped
 from .test_inference_route import ask, read
 from .test_ollama_client import client as ollama_client
 
@@ -112,7 +112,7 @@ async def test_llama_cpp_when_the_client_leaves_mid_stream_has_its_slot_back(lla
             await client.send(endless())
             await client.read_until(b'"content":"', 30)
             assert await slots_busy(llama) == 1
-        await idle(llama, p)
+        await stopped(llama, p)
         (line,) = await p.exchanges(1)
     assert line["end"] == "client_closed"
 
@@ -403,7 +403,7 @@ async def test_yagna_before_llama_cpp_when_the_client_leaves_mid_stream_the_slot
             await client.send(endless())
             await client.read_until(b'"content":"', 30)
             assert await slots_busy(llama) == 1
-        await idle(llama, p)
+        await stopped(llama, p)
     assert tunnel.accepts == ["text/event-stream"]
 
 

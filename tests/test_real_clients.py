@@ -32,7 +32,7 @@ from .kit import (
     chunk,
     proxy,
 )
-from .real import MODEL, Child, idle, row, slots_busy
+from .real import MODEL, Child, row, slots_busy, stopped
 
 pytest_plugins = ["tests.real"]
 
@@ -353,7 +353,7 @@ async def test_openai_client_leaves_mid_stream_then_the_model_stops(doors: Doors
                 break
         assert await slots_busy(doors.child) == 1
         await stream.close()
-        await idle(doors.child, doors.proxy)
+        await stopped(doors.child, doors.proxy)
     (line,) = await doors.proxy.exchanges(1)
     assert line["end"] == "client_closed"
 
@@ -375,7 +375,7 @@ async def test_anthropic_client_leaves_mid_stream_then_the_model_stops(doors: Do
         async with client.messages.stream(**LONG, **ENDLESS) as stream:
             async for _ in stream.text_stream:
                 break
-        await idle(doors.child, doors.proxy)
+        await stopped(doors.child, doors.proxy)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
@@ -390,4 +390,4 @@ async def test_curl_is_killed_mid_stream_then_the_model_stops(doors: Doors) -> N
     await process.stdout.readline()
     process.kill()
     await process.communicate()
-    await idle(doors.child, doors.proxy)
+    await stopped(doors.child, doors.proxy)
