@@ -24,6 +24,7 @@ class Job:
     text: list[str] = field(default_factory=list)
     message: str | None = None
     started_after: float | None = None  # s, where a worker had to start
+    told: set[str] = field(default_factory=set)  # states that somebody has been told
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def tell(self, state: str, *words: str, message: str | None = None) -> None:
@@ -94,7 +95,8 @@ class Service:
     async def _work(self, job: Job) -> None:
         if self.cold:
             await job.tell("starting")
-            await asyncio.sleep(0.01)
+            async with job.changed:  # a start takes longer than the way of the question
+                await job.changed.wait_for(lambda: "starting" in job.told)
             job.started_after = self.cold
         for number, word in enumerate(self.words):
             await job.tell("running", word)
@@ -113,6 +115,8 @@ class Service:
                     await job.changed.wait_for(lambda: len(job.text) > seen or job.state != known)
             except TimeoutError:
                 pass
+            job.told.add(job.state)
+            job.changed.notify_all()
             return web.json_response(job.news(seen))
 
     async def _take_back(self, request: web.Request) -> web.Response:
