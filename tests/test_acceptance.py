@@ -36,7 +36,7 @@ from .kit import (
 )
 from .kit_faults import Ending, judge
 
-SOON = 1.0  # s, in which a backend sees that its client left
+SOON = 4.0  # s, in which a backend sees that its client left: before any limit of the kit's
 ROLE, *TOKENS = chat_events("hello ", 20)
 DOCUMENT = json_bytes(CHAT.document)
 PACE = 0.005  # s between two tokens
@@ -67,9 +67,9 @@ class Paced:
             await conn.send(LAST_CHUNK)
 
 
-async def stream(port: int) -> tuple[str, bool]:
+async def stream(client: RawClient) -> tuple[str, bool]:
     """Be one of fifty: how it ended, and whether its answer had begun."""
-    async with RawClient(port) as client:
+    async with client:
         got = await client.ask(chat(stream=True), "POST", timeout=10)
     begun = b"hello" in got.body
     if got.complete and got.body == b"".join([ROLE, *TOKENS]):
@@ -89,14 +89,15 @@ async def test_killed_under_fifty_streams_then_no_unbegun_answer_is_lost() -> No
         ]
         chain = [QUIET, {"cost": {"default": "cost"}}, "capacity", "failover"]
         p = await stack.enter_async_context(proxy(*rows, middleware=chain))
-        asked = [asyncio.create_task(stream(p.port)) for _ in range(50)]
+        clients = [RawClient(p.port) for _ in range(50)]
+        asked = [asyncio.create_task(stream(client)) for client in clients]
         await eventually(lambda: [len(one.requests) for one in fleet] == [20, 20, 10])
-        await eventually(lambda: paced[0].begun == 10)
-        await asyncio.sleep(PACE * 4)  # their first token is through
+        await eventually(lambda: sum(b"hello" in each.wire.raw for each in clients) == 25)
+        assert paced[0].begun == 10
         await fleet[0].stop()
         go.set()
         ends = Counter(await asyncio.gather(*asked))
-        after = await asyncio.gather(*(stream(p.port) for _ in range(10)))
+        after = await asyncio.gather(*(stream(RawClient(p.port)) for _ in range(10)))
         lines = await p.exchanges(60)
     assert ends == {("complete", True): 40, ("failed", True): 10}, "of an answer not begun"
     assert after == [("complete", True)] * 10
@@ -283,9 +284,7 @@ async def gone(p: Proxy, backend: RawBackend, left: float, closes: int = 1) -> N
 
 @pytest.mark.parametrize("way", ["close", "reset"])
 @pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.name)
-async def test_client_leaves_then_the_backend_sees_it_within_a_second(
-    phase: Phase, way: str
-) -> None:
+async def test_client_leaves_then_the_backend_sees_it_soon(phase: Phase, way: str) -> None:
     async def script(conn: BackendConn) -> None:
         await conn.request()
         await conn.send(phase.said)
