@@ -203,9 +203,10 @@ async def test_document_when_the_worker_keeps_no_aggregate_is_read_from_the_stre
 
 async def test_document_when_the_job_takes_longer_is_looked_for_until_it_is_there() -> None:
     async def play(job: Job) -> None:
-        await asyncio.sleep(1.1)  # `/runsync` has given up waiting
+        await eventually(lambda: control.count("status"), 10)  # `/runsync` has given up waiting
         job.start(delay=2500)
-        await asyncio.sleep(0.1)
+        looks = control.count("status")
+        await eventually(lambda: control.count("status") > looks, 10)
         job.end([CHAT])
 
     async with control_plane(play) as control:
@@ -372,12 +373,12 @@ async def test_look_when_the_control_plane_stumbles_or_is_busy_is_repeated(
 
     async def play(job: Job) -> None:
         job.start()
-        await asyncio.sleep(1.05)
+        await eventually(lambda: control.count(operation) >= 4, 10)
         job.say(*(e.decode() for e in chat_events("a", 1)))
         job.end([CHAT])
 
+    operation = "stream" if stream else "status"
     async with control_plane(play) as control:
-        operation = "stream" if stream else "status"
         control.answers(operation, 500, times=2)
         control.answers(operation, 429, Retry_After="1")
         control.answers(operation, 404)
