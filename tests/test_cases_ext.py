@@ -95,7 +95,7 @@ async def test_ext_01_head_that_comes_too_slowly_is_cut_off() -> None:
                 await slow.send(bytes([byte]))
                 if await slow.closed(0.03):
                     break
-            assert time.monotonic() - began < 1.5
+            assert time.monotonic() - began < 5, "all of it would take twenty"
             if slow.wire.buffer:
                 assert (await slow.response()).status == 408
         async with RawClient(p.port) as other:
@@ -245,8 +245,8 @@ async def test_silent_backend_gives_504_is_cancelled_and_counts_as_failed(
         began = time.monotonic()
         got = await client.ask(raw, "POST")
         assert (got.status, got.complete) == (504, True)
-        assert 0.1 < time.monotonic() - began < 1.5
-        await backend.closed.wait(timeout=1)
+        assert 0.1 < time.monotonic() - began < 4, "that of no other limit"
+        await backend.closed.wait(timeout=4)
         (line,) = await p.exchanges(1)
         (attempt,) = line["attempts"]
         assert (line["end"], line["status"], attempt["fault"]) == ("error", 504, "timeout")
@@ -279,15 +279,15 @@ async def test_ext_04_connection_that_is_never_taken_gives_504() -> None:
 async def test_ext_05_stream_is_not_cut_by_any_limit_but_the_total() -> None:
     """Each piece renews the idle limit; no other limit counts once content has come."""
     pieces = [b"data: %d\n\n" % n for n in range(20)]
-    limits = {"first_content": 0.2, "document": 0.2, "idle": 0.3, "connect": 0.2}
+    limits = {"first_content": 0.6, "document": 0.6, "idle": 0.9, "connect": 0.6}
     async with (
-        RawBackend(sse(pieces, gap=0.045)) as backend,
+        RawBackend(sse(pieces, gap=0.065)) as backend,
         proxy(backend, timeouts=limits) as p,
         RawClient(p.port) as client,
     ):
         began = time.monotonic()
         got = await client.ask(GET)
-        assert time.monotonic() - began > 0.6
+        assert time.monotonic() - began > 1.2
         assert (got.body, got.complete) == (b"".join(pieces), True)
 
 

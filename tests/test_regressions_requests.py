@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -220,19 +219,18 @@ async def test_name_that_does_not_resolve_holds_up_no_other_backend(
             {"url": f"http://hangs.invalid:{backend.port}", "models": ["slow"]},
             {"url": f"http://fine.invalid:{backend.port}", "models": ["fast"]},
         ]
-        limits = {"connect": 0.3}
+        limits = {"connect": 1.0}
         async with proxy(*rows, timeouts=limits, middleware=NO_PROBES) as p:
             try:
                 clients = [RawClient(p.port) for _ in range(12)]
                 for client in clients:
                     await client.__aenter__()
                     await client.send(chat(model="slow"))
-                await eventually(lambda: p.in_flight() == len(clients) - 4, 1)
-                began = time.monotonic()
+                await eventually(lambda: p.in_flight() == len(clients) - 4)
                 async with RawClient(p.port) as other:
                     got = await other.ask(chat(model="fast"), "POST")
                 assert got.header("x-beacon-backend") == [b"b1"]
-                assert time.monotonic() - began < 0.25
+                assert not any(client.wire.received for client in clients), "before their limit"
                 for client in clients:
                     assert (await client.response("POST")).status in (502, 503, 504)
                 assert names.asked.count("hangs.invalid") == 1, "one lookup at a time"

@@ -322,7 +322,7 @@ async def test_inference_leaves_half_of_its_time_to_another_backend(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first one could hang through all of the time, with others standing by."""
-    monkeypatch.setattr(inference, "ANSWER_WITHIN", 0.6)
+    monkeypatch.setattr(inference, "ANSWER_WITHIN", 1.6)
     async with (
         RawBackend(silent) as hung,
         RawBackend(json_answer(SAID)) as other,
@@ -332,7 +332,7 @@ async def test_inference_leaves_half_of_its_time_to_another_backend(
         assert (said["success"], said["provider_used"]) == (True, "b1")
         assert said["metadata"]["attempts"] == 2
         (told,) = await p.exchanges(1)
-        assert 0.25 <= told["attempts"][0]["duration_s"] < 0.5
+        assert 0.75 <= told["attempts"][0]["duration_s"] < 1.6
         assert [event["backend"] for event in p.events("backend.ejected")] == ["b0"]
 
 
@@ -340,12 +340,12 @@ async def test_inference_stream_that_has_begun_may_take_more_than_half_of_its_ti
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Guards the mend: half is for the beginning of an answer, not for all of it."""
-    monkeypatch.setattr(inference, "ANSWER_WITHIN", 0.5)
+    monkeypatch.setattr(inference, "ANSWER_WITHIN", 2.0)
     role, word, *end = chat_events("hello ", 1)
 
     async def slow(conn: BackendConn) -> None:
         async for _ in each_request(conn):
-            until = time.monotonic() + 0.35
+            until = time.monotonic() + 1.2
             await conn.send(SSE_HEAD + chunk(role))
             while time.monotonic() < until:
                 await conn.send(chunk(word))

@@ -201,10 +201,9 @@ async def test_client_that_stops_reading_is_gone_after_idle_and_holds_up_no_drai
     ):
         await client.send(request("GET", "/x"))
         await backend.closed.wait()
-        await eventually(lambda: not p.app._http.connections, 1)
-        began = time.monotonic()
-        await p.app.stop(5)
-        assert time.monotonic() - began < 1
+        await eventually(lambda: not p.app._http.connections)
+        async with asyncio.timeout(10):
+            await p.app.stop(30)  # s, which nobody is left to need
 
 
 async def test_old_client_when_the_drain_runs_out_sees_a_reset_not_an_end() -> None:
@@ -267,17 +266,17 @@ async def test_tunnel_when_silent_for_longer_than_idle_is_closed_and_returns_its
 
     async with (
         RawBackend(script) as backend,
-        proxy(backend, timeouts={"idle": 0.4}) as p,
+        proxy(backend, timeouts={"idle": 0.9}) as p,
         RawClient(p.port) as client,
     ):
         await client.send(request("GET", "/v1/realtime", UPGRADE))
         assert (await client.response()).status == 101
-        for _ in range(20):  # 0.8 s of frames, the limit twice over
+        for _ in range(20):  # 1.4 s of frames, more than the limit
             await client.send(b"frame")
             assert await client.read_until(b"frame") == b"frame"
-            await asyncio.sleep(0.04)
+            await asyncio.sleep(0.07)
         assert p.in_flight() == 1
-        assert await client.closed(2)
+        assert await client.closed(4)
         await eventually(lambda: p.in_flight() == 0)
         await backend.closed.wait()
 
