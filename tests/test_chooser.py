@@ -82,7 +82,7 @@ def test_try_now_when_one_is_full_takes_the_next_and_none_when_all_are() -> None
     release(chosen[0].permits)
     again = scene.chooser.try_now(exchange(), None, ())
     assert again is not None
-    assert (again.candidate.backend.name, again.spare) == ("a", 1)
+    assert (again.candidate.backend.name, again.spare) == ("a", True)
     assert again.provider is scene.fleet.providers["openai"]
 
 
@@ -90,7 +90,7 @@ def test_try_now_leaves_out_those_that_were_tried_or_lack_the_model() -> None:
     scene = Scene(backend("a"), backend("b", models=frozenset({"n"})), backend("c"))
     choice = scene.chooser.try_now(exchange(), "m", {"a"})
     assert choice is not None
-    assert (choice.candidate.backend.name, choice.spare) == ("c", 0)
+    assert (choice.candidate.backend.name, choice.spare) == ("c", False)
 
 
 @dataclass(slots=True)
@@ -175,7 +175,7 @@ def test_try_now_when_the_total_of_one_has_run_out_asks_the_other(
     choice = scene.chooser.try_now(exchange(started=monotonic() - 60), None, ())
     assert choice is not None
     assert choice.candidate.backend.timeouts.total == 0
-    assert choice.spare == 0
+    assert choice.spare is False
 
 
 class _Marked:
@@ -192,14 +192,14 @@ class _Marked:
 
 @settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=5))
-def test_spare_counts_the_others_that_stand_ready(marks: list[bool]) -> None:
+def test_spare_says_whether_another_stands_ready(marks: list[bool]) -> None:
     backends = [backend(f"b{n}", max_in_flight=1) for n in range(len(marks))]
     scene = Scene(*backends, chain=(_Marked(marks), Capacity()))
     for n in range(len(marks)):
         choice = scene.chooser.try_now(exchange(), None, ())
         assert choice is not None
         assert choice.candidate.backend.name == f"b{n}"
-        assert choice.spare == sum(not mark for at, mark in enumerate(marks) if at != n)
+        assert choice.spare is any(not mark for at, mark in enumerate(marks) if at != n)
 
 
 @settings(deadline=None)
