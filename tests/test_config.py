@@ -387,10 +387,31 @@ def test_warning_when_the_folder_of_the_ledger_is_not_there_names_it(tmp_path: P
     assert warnings(tmp_path / "beacon.db") == warnings("other.db") == warnings("") == []
 
 
+@pytest.mark.parametrize(
+    ("more", "cached_input", "cache_write"),
+    [
+        ("", 0.5, 0.5),
+        ("cached_input: 0.05", 0.05, 0.5),
+        ("cache_write: 0.625", 0.5, 0.625),
+        ("cached_input: 0, cache_write: 0", 0.0, 0.0),
+        ("cached_input: null", 0.5, 0.5),
+    ],
+)
+def test_token_price_of_a_cache_is_that_of_input_where_none_is_named(
+    more: str, cached_input: float, cache_write: float
+) -> None:
+    price = f"price_per_million_tokens: {{input: 0.5, output: 2, {more}}}"
+    settings = load(f"backends: [{{name: a, provider: cloud, url: 'http://h', {price}}}]")
+    (backend,) = resolve_backends(settings, FAKES)
+    assert backend.token_price is not None
+    told = [price * 1e6 for price in backend.token_price]
+    assert told == pytest.approx([0.5, 2.0, cached_input, cache_write])
+
+
 def test_token_price_when_configured_replaces_the_providers_price_per_second() -> None:
     price = "price_per_million_tokens: {input: 0.05, output: 0.2}"
     settings = load(f"backends: [{{name: a, provider: cloud, url: 'http://h', {price}}}]")
     (backend,) = resolve_backends(settings, FAKES)
     assert settings.warnings == []
-    assert backend.token_price == pytest.approx((5e-8, 2e-7))
+    assert backend.token_price == pytest.approx((5e-8, 2e-7, 5e-8, 5e-8))
     assert backend.price_per_second == 0.0

@@ -27,6 +27,18 @@ ROW_PROBLEMS = [
     ("price_model: rented, price_per_hour: -0.5", "price_per_hour: must be >= 0, got -0.5"),
     ("price_model: leased", 'price_model: must be serverless or rented, got "leased"'),
     ("price_per_million_tokens: {input: 1}", "price_per_million_tokens.output: is required"),
+    (
+        "price_per_million_tokens: {input: 1, output: 1, cached_input: -1}",
+        "price_per_million_tokens.cached_input: must be >= 0, got -1",
+    ),
+    (
+        "price_per_million_tokens: {input: 1, output: 1, cache_write: .inf}",
+        "price_per_million_tokens.cache_write: must be a finite number, got",
+    ),
+    (
+        "price_per_million_tokens: {input: 1, output: 1, cache_read: 1}",
+        "price_per_million_tokens.cache_read: unknown key",
+    ),
     ("max_in_flight: 0", "max_in_flight: must be >= 1, got 0"),
     ("max_in_flight: 1.5", "max_in_flight: must be a whole number, got 1.5"),
     ("max_in_flight: true", "max_in_flight: must not be true or false, got true"),

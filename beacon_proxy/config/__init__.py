@@ -289,7 +289,13 @@ def _prices(row: BackendSettings, provider: Provider, rates: Mapping[str, float]
     if row.price_model == "serverless":
         price = row.price_per_million_tokens
         if price is not None:
-            per_token = TokenPrice(price.input / 1e6, price.output / 1e6)
+            cached, written = price.cached_input, price.cache_write
+            per_token = TokenPrice(
+                price.input / 1e6,
+                price.output / 1e6,
+                None if cached is None else cached / 1e6,
+                None if written is None else written / 1e6,
+            )
             return {"token_price": per_token, "price_per_second": 0.0}
         return {"price_per_second": provider.price_per_second if own is None else own}
     if row.price_glm_per_hour is not None:

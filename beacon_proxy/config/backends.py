@@ -57,6 +57,16 @@ class TokenPrice(Section):
 
     input: NotNegative = Field(description="USD per million input tokens")
     output: NotNegative = Field(description="USD per million output tokens")
+    cached_input: NotNegative | None = Field(
+        default=None,
+        description="USD per million input tokens from the backend's prompt cache; default: input",
+        examples=[0.005],
+    )
+    cache_write: NotNegative | None = Field(
+        default=None,
+        description="USD per million input tokens put into that cache; default: input",
+        examples=[0.0625],
+    )
 
 
 class BackendSettings(Section):

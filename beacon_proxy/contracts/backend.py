@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self
 
 from .words import Fault, Headers, Verdict, Warmth
 
@@ -33,11 +33,57 @@ class Timeouts:
         return replace(self, **longer)
 
 
-class TokenPrice(NamedTuple):
-    """A price by tokens instead of seconds."""
+class Tokens(Protocol):
+    """What tokens are paid for: a `Usage` as it was counted, or the averages of a `Typical`."""
 
+    @property
+    def input(self) -> float: ...
+
+    @property
+    def output(self) -> float: ...
+
+    @property
+    def cached(self) -> float: ...
+
+    @property
+    def cache_written(self) -> float: ...
+
+
+class _Prices(NamedTuple):
     input: float  # USD a token
     output: float
+    cached_input: float  # of the input, what the backend took from its prompt cache
+    cache_write: float  # of the input, what it put there
+
+
+class TokenPrice(_Prices):
+    """A price by tokens instead of seconds; of a cache it is that of input, where none is named."""
+
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        input: float,
+        output: float,
+        cached_input: float | None = None,
+        cache_write: float | None = None,
+    ) -> Self:
+        cached_input = input if cached_input is None else cached_input
+        cache_write = input if cache_write is None else cache_write
+        return super().__new__(cls, input, output, cached_input, cache_write)
+
+    def usd(self, tokens: Tokens) -> float:
+        """What they cost; the one place where tokens become money."""
+        cached, written = tokens.cached, tokens.cache_written
+        fresh = tokens.input - cached - written
+        if fresh < 0.0:  # averages are rounded, so they may be a hair above their sum
+            fresh = 0.0
+        return (
+            fresh * self.input
+            + cached * self.cached_input
+            + written * self.cache_write
+            + tokens.output * self.output
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +139,8 @@ class Typical:
     billed: float = 0.0  # s, without a cold start
     input: float = 0.0  # tokens
     output: float = 0.0
+    cached: float = 0.0  # tokens of the input that came from the backend's prompt cache
+    cache_written: float = 0.0  # tokens of the input that were put there
     at: float = inf  # monotonic s: when the newest ended; inf: it is no news of ours
     # s that about the quickest one in a thousand took in all, without a cold start. It begins far
     # below, so that little is claimed before some thousand were seen; 0: none was.

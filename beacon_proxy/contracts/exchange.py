@@ -29,6 +29,9 @@ class Usage:
     input: int = 0  # all of the prompt, from a cache or not
     output: int = 0
     estimated: bool = False  # one of them was not told: counted from what passed
+    # Parts of the input, together never more than it: a price of their own may hold for them.
+    cached: int = 0  # from the backend's prompt cache
+    cache_written: int = 0  # put there
 
 
 @_fact
