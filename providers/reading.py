@@ -60,8 +60,9 @@ _COUNTS = (
     ("tokens_evaluated", "tokens_predicted"),  # llama.cpp's own
     ("input_length", "generated_tokens"),  # TGI's own
 )
-# Anthropic counts what of a prompt stood in a cache apart.
-_CACHES = {"input_tokens": ("cache_read_input_tokens", "cache_creation_input_tokens")}
+# What of a prompt came from a cache, and was put there: Anthropic counts it apart.
+_BESIDE = {"input_tokens": ("cache_read_input_tokens", "cache_creation_input_tokens")}
+_INSIDE = ("cached_tokens", "cache_write_tokens")  # OpenAI, OpenRouter
 _WORKER = (("input", "output"),)  # worker-vllm, inside `usage` alone
 _RECEIPTS = ("receipt", "receipts")
 _MESSAGE_MAX = 500  # characters
@@ -207,8 +208,13 @@ def _counted(counts: Mapping[str, Any], names: Iterable[tuple[str, str]]) -> Usa
     for given, made in names:
         pair = (_count(counts.get(given)), _count(counts.get(made)))
         if pair != (None, None):
-            cached = sum(_count(counts.get(name)) or 0 for name in _CACHES.get(given, ()))
-            return Usage((pair[0] or 0) + cached, pair[1] or 0)
+            beside = [_count(counts.get(name)) or 0 for name in _BESIDE.get(given, ())]
+            details = _mapping(counts.get(f"{given}_details"))  # OpenAI's: parts of the input
+            inside = [_count(details.get(name)) or 0 for name in _INSIDE]
+            if given == "prompt_tokens":  # DeepSeek's
+                inside[0] = inside[0] or _count(counts.get("prompt_cache_hit_tokens")) or 0
+            cached, written = beside if any(beside) else inside
+            return Usage((pair[0] or 0) + sum(beside), pair[1] or 0, False, cached, written)
     return None
 
 

@@ -50,10 +50,17 @@ from .kit import answer as raw_answer
 from .test_cases_upg import HANDSHAKE, switch
 from .test_hops import Warming
 from .test_transports import HOPS, JSON, SEE_OTHER, carried, document, hopping
-from .test_usage import COUNTS, DOCUMENTS, FINISH, TOKENS, TOLD
+from .test_usage import COUNTS, DOCUMENTS, FINISH, TOKENS, TOLD, delta, full
 
 DOLLAR = {"price_per_second": 1.0}
 BY_TOKENS = {"price_per_million_tokens": {"input": 1.0, "output": 10.0}}
+BY_CACHE = {
+    "price_per_million_tokens": {
+        **BY_TOKENS["price_per_million_tokens"],
+        "cached_input": 0.1,
+        "cache_write": 1.25,
+    }
+}
 PATHS = {
     Shape.CHAT: "/v1/chat/completions",
     Shape.MESSAGES: "/v1/messages",
@@ -115,7 +122,7 @@ async def test_tokens_of_a_stream_when_backend_says_them_are_those(name: str) ->
         head = head.replace(b"text/event-stream", b"application/x-ndjson")
     async with (
         RawBackend(sse(pieces, head=head)) as backend,
-        billing({"url": backend, **BY_TOKENS}) as (p, outcomes),
+        billing({"url": backend, **BY_CACHE}) as (p, outcomes),
         RawClient(p.port) as client,
     ):
         got = await client.ask(data := asks(PATHS[shape], stream=True))
@@ -127,17 +134,25 @@ async def test_tokens_of_a_stream_when_backend_says_them_are_those(name: str) ->
         assert outcome.usage == Usage(guessed(data), outcome.usage.output, estimated=True)
         assert said["tokens_estimated"] is True
         return
-    assert outcome.usage == Usage(*told)  # type: ignore[arg-type]
-    assert (said["tokens_in"], said["tokens_out"]) == told
+    given, made, cached, written = full(told)
+    assert given is not None
+    assert made is not None
+    assert outcome.usage == Usage(given, made, cached=cached, cache_written=written)
+    assert (said["tokens_in"], said["tokens_out"]) == (given, made)
     assert "tokens_estimated" not in said
-    assert outcome.usd == pytest.approx(told[0] * 1e-6 + told[1] * 10e-6)  # type: ignore[operator]
+    assert said.get("tokens_cached", 0) == cached
+    assert ("tokens_cached" in said) is (cached > 0)
+    fresh = given - cached - written
+    usd = fresh * 1e-6 + cached * 0.1e-6 + written * 1.25e-6 + made * 10e-6
+    assert outcome.usd == pytest.approx(usd)
     assert said["cost_usd"] == pytest.approx(outcome.usd)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 @pytest.mark.parametrize("how", ["held", "gzip", "large", "large, chunked", "passed on"])
 async def test_tokens_of_a_document_when_backend_says_them_are_those(name: str, how: str) -> None:
-    document, (given, made) = DOCUMENTS[name]
+    document, told = DOCUMENTS[name]
+    given, made, cached, written = full(told)
     content = {**document, "choices": [{"text": "y" * (1_100_000 if "large" in how else 50)}]}
     body = raw = json.dumps(content).encode()
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -175,7 +190,7 @@ async def test_tokens_of_a_document_when_backend_says_them_are_those(name: str, 
         assert outcome.usage.input == guessed(data)
         assert outcome.usage.estimated
     else:
-        assert outcome.usage == Usage(given, made or 0)
+        assert outcome.usage == Usage(given, made or 0, cached=cached, cache_written=written)
 
 
 async def test_tokens_of_embeddings_when_nobody_counts_are_those_of_the_input_alone() -> None:
@@ -233,6 +248,7 @@ async def test_tokens_on_a_path_that_we_do_not_know_are_billed_as_they_are_count
     else:
         first, then = json.dumps({"text": "y" * 40_000, **GOOD}).encode().split(b"{", 1)
         pieces, told, kind = (first + b"{", then), (33, 5), b"application/json"
+    given, made, cached, written = full(told)
     head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n"
 
     async def script(conn: BackendConn) -> None:
@@ -253,7 +269,10 @@ async def test_tokens_on_a_path_that_we_do_not_know_are_billed_as_they_are_count
         (line,) = await p.exchanges(1)
     assert (got.complete, got.body) == (True, b"".join(pieces))
     assert header(head_got.headers, "content-length") == [b"%d" % len(got.body)]
-    assert [each.usage for each in outcomes] == [Usage(*told)]  # type: ignore[arg-type]
+    assert given is not None
+    assert made is not None
+    expected = Usage(given, made, cached=cached, cache_written=written)
+    assert [each.usage for each in outcomes] == [expected]
     assert outcomes[0].usd == pytest.approx(33e-6 + 5 * 10e-6)
     assert (line["tokens_in"], line["tokens_out"]) == (33, 5)
 
@@ -348,6 +367,87 @@ async def test_tokens_of_the_translated_route_are_as_its_provider_reads_them(str
         (said,) = await p.exchanges(1)
     assert [each.usage for each in outcomes] == [Usage(33, 5)]
     assert (said["tokens_in"], said["tokens_out"]) == (33, 5)
+
+
+ON_THE_TRANSLATED: dict[str, tuple[list[dict[str, Any]], Usage]] = {
+    "openai": (
+        [
+            {"choices": [{"delta": {"content": "hi"}, "message": {"content": "hi"}}]},
+            {"choices": [], "usage": {**COUNTS, "prompt_tokens_details": {"cached_tokens": 30}}},
+        ],
+        Usage(33, 5, cached=30),
+    ),
+    "anthropic": (
+        [
+            {
+                "type": "message_start",
+                "message": {
+                    "content": [],
+                    "usage": {
+                        "input_tokens": 1,
+                        "cache_read_input_tokens": 30,
+                        "cache_creation_input_tokens": 2,
+                    },
+                },
+            },
+            {"type": "content_block_delta", "delta": {"type": "text_delta", "text": "hi"}},
+            {"type": "message_delta", "delta": {}, "usage": {"output_tokens": 5}},
+        ],
+        Usage(33, 5, cached=30, cache_written=2),
+    ),
+    "more than there is": (
+        [
+            {"choices": [{"delta": {"content": "hi"}, "message": {"content": "hi"}}]},
+            {"choices": [], "usage": {**COUNTS, "prompt_tokens_details": {"cached_tokens": 40}}},
+        ],
+        Usage(33, 5, cached=33),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ON_THE_TRANSLATED)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_cached_tokens_of_the_translated_route_are_billed_as_such(
+    name: str, stream: bool
+) -> None:
+    said, expected = ON_THE_TRANSLATED[name]
+    if stream:
+        script = sse((*(event(each) for each in said), b"data: [DONE]\n\n"))
+    else:
+        usage: dict[str, Any] = {}
+        for each in said:
+            usage |= each.get("usage") or each.get("message", {}).get("usage") or {}
+        script = json_answer({"choices": [{"message": {"content": "hi"}}], "usage": usage})
+    async with (
+        RawBackend(script) as backend,
+        billing({"url": backend, **BY_CACHE}) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        await client.ask(asks("/inference", stream=stream, size=40))
+        (line,) = await p.exchanges(1)
+    assert [each.usage for each in outcomes] == [expected]
+    cached, written = expected.cached, expected.cache_written
+    usd = (33 - cached - written) * 1e-6 + cached * 0.1e-6 + written * 1.25e-6 + 5 * 10e-6
+    assert outcomes[0].usd == pytest.approx(usd)
+    assert line["tokens_cached"] == cached
+
+
+async def test_stream_of_a_cached_prompt_when_the_client_leaves_is_charged_by_its_cache() -> None:
+    """Anthropic tells the input first, with what came from the cache; the output is guessed."""
+    _, (start, *_), _ = TOLD["messages, cut"]
+    script, left = silent(SSE_HEAD, chunk(start), chunk(delta("a")))
+    async with (
+        RawBackend(script) as backend,
+        billing({"url": backend, **BY_CACHE}) as (p, outcomes),
+    ):
+        async with RawClient(p.port) as client:
+            await client.send(asks("/v1/messages", stream=True))
+            await client.read_until(b"content_block_delta")
+        await asyncio.wait_for(left.wait(), 5)
+        await p.exchanges(1)
+    (outcome,) = outcomes
+    assert outcome.usage == Usage(33, 1, True, 30, 2)
+    assert outcome.usd == pytest.approx((1 + 30 * 0.1 + 2 * 1.25 + 1 * 10) * 1e-6)
 
 
 @pytest.mark.parametrize("wrong", [1 << 24, 10**400], ids=["too many", "no float"])

@@ -75,7 +75,41 @@ SHAPES: dict[str, tuple[dict[str, Any], Reading]] = {
                 "output_tokens": 3,
             },
         },
-        Reading("Hello", usage=Usage(33, 3)),
+        Reading("Hello", usage=Usage(33, 3, cached=30, cache_written=2)),
+    ),
+    "OpenAI's cache": (
+        {
+            "choices": [{"message": {"content": "Hello"}}],
+            "usage": {
+                "prompt_tokens": 33,
+                "completion_tokens": 3,
+                "prompt_tokens_details": {"cached_tokens": 30, "cache_write_tokens": 2},
+            },
+        },
+        Reading("Hello", usage=Usage(33, 3, cached=30, cache_written=2)),
+    ),
+    "the cache of Responses": (
+        {
+            "output": [{"content": [{"type": "output_text", "text": "Hello"}]}],
+            "usage": {
+                "input_tokens": 33,
+                "output_tokens": 3,
+                "input_tokens_details": {"cached_tokens": 30},
+            },
+        },
+        Reading("Hello", usage=Usage(33, 3, cached=30)),
+    ),
+    "DeepSeek's cache": (
+        {
+            "choices": [{"message": {"content": "Hello"}}],
+            "usage": {
+                "prompt_tokens": 33,
+                "completion_tokens": 3,
+                "prompt_cache_hit_tokens": 30,
+                "prompt_tokens_details": None,
+            },
+        },
+        Reading("Hello", usage=Usage(33, 3, cached=30)),
     ),
     "Anthropic's start": (
         {"type": "message_start", "message": {"content": [], "usage": {"input_tokens": 5}}},

@@ -25,9 +25,18 @@ DONE = b"data: [DONE]\n\n"
 FINISH = event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
 COUNTS = {"prompt_tokens": 33, "completion_tokens": 5, "total_tokens": 38}
 TIMINGS = {"cache_n": 32, "prompt_n": 1, "prompt_ms": 3.2, "predicted_n": 5, "predicted_ms": 1.5}
+CACHED = {"prompt_tokens_details": {"cached_tokens": 30}}  # OpenAI's
 FORGED: dict[str, Any] = {
-    "usage": {"prompt_tokens": 99, "completion_tokens": 99, "input_tokens": 99},
-    "timings": {"prompt_n": 99, "predicted_n": 99},
+    "usage": {
+        "prompt_tokens": 99,
+        "completion_tokens": 99,
+        "input_tokens": 99,
+        "prompt_tokens_details": {"cached_tokens": 98},
+        "cache_read_input_tokens": 98,
+    },
+    "timings": {"prompt_n": 99, "predicted_n": 99, "cache_n": 98},
+    "prompt_tokens_details": {"cached_tokens": 98},
+    "cached_tokens": 98,
     "prompt_eval_count": 99,
     "eval_count": 99,
     "prompt_tokens": 99,
@@ -44,7 +53,7 @@ def finish(index: int, **more: Any) -> bytes:
     return event({"choices": [{"index": index, "delta": {}, "finish_reason": "stop"}], **more})
 
 
-def counted(**counts: int) -> bytes:
+def counted(**counts: Any) -> bytes:
     return event({"choices": [], "usage": counts})
 
 
@@ -102,7 +111,14 @@ LAST: dict[str, Any] = {
     "eval_count": 5,
 }
 
-TOLD: dict[str, tuple[Shape, Sequence[bytes], Told]] = {
+Counts = tuple[int | None, int | None] | Told  # without a cache, or with it
+
+
+def full(counts: Counts) -> Told:
+    return counts if len(counts) == 4 else (*counts, 0, 0)
+
+
+TOLD: dict[str, tuple[Shape, Sequence[bytes], Counts]] = {
     "chat, include_usage": (
         Shape.CHAT,
         (ROLE, *TOKENS, FINISH, counted(**COUNTS), DONE),
@@ -142,12 +158,106 @@ TOLD: dict[str, tuple[Shape, Sequence[bytes], Told]] = {
     "llama.cpp without include_usage": (
         Shape.CHAT,
         (ROLE, *TOKENS, finish(0, timings=TIMINGS), DONE),
-        (33, 5),
+        (33, 5, 32, 0),
     ),
     "llama.cpp, both": (
         Shape.CHAT,
         (*TOKENS, FINISH, event({"choices": [], "usage": COUNTS, "timings": TIMINGS}), DONE),
+        (33, 5, 32, 0),
+    ),
+    "llama.cpp, both, with details": (
+        Shape.CHAT,
+        (
+            *(*TOKENS, FINISH),
+            event({"choices": [], "usage": {**COUNTS, **CACHED}, "timings": TIMINGS}),
+            DONE,
+        ),
+        (33, 5, 30, 0),
+    ),
+    "chat, a cache": (
+        Shape.CHAT,
+        (ROLE, *TOKENS, FINISH, counted(**COUNTS, **CACHED), DONE),
+        (33, 5, 30, 0),
+    ),
+    "chat, a cache that is written (OpenRouter)": (
+        Shape.CHAT,
+        (
+            *(*TOKENS, FINISH),
+            counted(
+                **COUNTS, prompt_tokens_details={"cached_tokens": 20, "cache_write_tokens": 10}
+            ),
+            DONE,
+        ),
+        (33, 5, 20, 10),
+    ),
+    "chat, a cache by DeepSeek's name": (
+        Shape.CHAT,
+        (
+            *(*TOKENS, FINISH),
+            counted(**COUNTS, prompt_cache_hit_tokens=30, prompt_cache_miss_tokens=3),
+            DONE,
+        ),
+        (33, 5, 30, 0),
+    ),
+    "chat, details null (vLLM)": (
+        Shape.CHAT,
+        (*TOKENS, FINISH, counted(**COUNTS, prompt_tokens_details=None), DONE),
         (33, 5),
+    ),
+    "chat, details that are none": (
+        Shape.CHAT,
+        (
+            *(*TOKENS, FINISH),
+            counted(
+                **COUNTS,
+                prompt_tokens_details={"cached_tokens": True, "cache_write_tokens": -1},
+                prompt_cache_hit_tokens="30",
+            ),
+            DONE,
+        ),
+        (33, 5),
+    ),
+    "chat, more from a cache than there is": (
+        Shape.CHAT,
+        (
+            *(*TOKENS, FINISH),
+            counted(**COUNTS, prompt_tokens_details={"cached_tokens": 34}),
+            DONE,
+        ),
+        (33, 5, 33, 0),
+    ),
+    "chat, more from and to a cache than there is": (
+        Shape.CHAT,
+        (
+            *(*TOKENS, FINISH),
+            counted(
+                **COUNTS, prompt_tokens_details={"cached_tokens": 30, "cache_write_tokens": 20}
+            ),
+            DONE,
+        ),
+        (33, 5, 13, 20),
+    ),
+    "chat, a cache of a prompt that is not counted": (
+        Shape.CHAT,
+        (*TOKENS, FINISH, counted(completion_tokens=5, **CACHED), DONE),
+        (None, 5),
+    ),
+    "vLLM, continuous, a cache told at the end": (
+        Shape.CHAT,
+        (
+            *(said("a", usage={"prompt_tokens": 33, "completion_tokens": n}) for n in (1, 2)),
+            *(FINISH, counted(**COUNTS, **CACHED), DONE),
+        ),
+        (33, 5, 30, 0),
+    ),
+    "llama.cpp, two choices, a cache": (
+        Shape.CHAT,
+        (
+            *(said("a", 1), said("b"), finish(1)),
+            counted(**COUNTS, prompt_tokens_details={"cached_tokens": 32}),
+            *(finish(0), counted(**COUNTS, **CACHED), DONE),
+        ),
+        (33, 10, 30, 0),
     ),
     "llama.cpp, two choices": (
         Shape.CHAT,
@@ -161,7 +271,7 @@ TOLD: dict[str, tuple[Shape, Sequence[bytes], Told]] = {
     "llama.cpp, two choices without include_usage": (
         Shape.CHAT,
         (said("a", 1), finish(1, timings=TIMINGS), said("b"), finish(0, timings=TIMINGS), DONE),
-        (33, 10),
+        (33, 10, 32, 0),
     ),
     "vLLM, continuous": (
         Shape.CHAT,
@@ -224,7 +334,7 @@ TOLD: dict[str, tuple[Shape, Sequence[bytes], Told]] = {
             *(START, delta("a"), delta(json.dumps(FORGED))),
             *(message("message_delta", delta={}, usage={"output_tokens": 5}), STOP),
         ),
-        (33, 5),
+        (33, 5, 30, 2),
     ),
     "messages, cumulative": (
         Shape.MESSAGES,
@@ -236,6 +346,24 @@ TOLD: dict[str, tuple[Shape, Sequence[bytes], Told]] = {
         ),
         (40, 5),
     ),
+    "messages, a cache, cumulative": (
+        Shape.MESSAGES,
+        (
+            *(START, delta("a")),
+            message(
+                "message_delta",
+                delta={},
+                usage={
+                    "input_tokens": 3,
+                    "cache_read_input_tokens": 40,
+                    "cache_creation_input_tokens": 7,
+                    "output_tokens": 5,
+                },
+            ),
+            STOP,
+        ),
+        (50, 5, 40, 7),
+    ),
     "messages, tool input with counts": (
         Shape.MESSAGES,
         (
@@ -245,9 +373,9 @@ TOLD: dict[str, tuple[Shape, Sequence[bytes], Told]] = {
             message("message_delta", delta={"usage": FORGED}, usage={"output_tokens": 5}),
             STOP,
         ),
-        (33, 5),
+        (33, 5, 30, 2),
     ),
-    "messages, cut": (Shape.MESSAGES, (START, delta("a")), (33, None)),
+    "messages, cut": (Shape.MESSAGES, (START, delta("a")), (33, None, 30, 2)),
     "responses": (
         Shape.RESPONSES,
         (
@@ -256,6 +384,21 @@ TOLD: dict[str, tuple[Shape, Sequence[bytes], Told]] = {
             response("completed", "a", usage={"input_tokens": 33, "output_tokens": 5}),
         ),
         (33, 5),
+    ),
+    "responses, a cache": (
+        Shape.RESPONSES,
+        (
+            message("response.output_text.delta", delta="a"),
+            response(
+                "completed",
+                usage={
+                    "input_tokens": 33,
+                    "input_tokens_details": {"cached_tokens": 30},
+                    "output_tokens": 5,
+                },
+            ),
+        ),
+        (33, 5, 30, 0),
     ),
     "responses, incomplete": (
         Shape.RESPONSES,
@@ -278,11 +421,15 @@ TOLD: dict[str, tuple[Shape, Sequence[bytes], Told]] = {
                 "completed",
                 json.dumps(FORGED) * 9000,
                 tools=[{"parameters": FORGED}],
-                usage={"input_tokens": 33, "output_tokens": 5},
+                usage={
+                    "input_tokens": 33,
+                    "input_tokens_details": {"cached_tokens": 30},
+                    "output_tokens": 5,
+                },
                 metadata=FORGED,
             ),
         ),
-        (33, 5),
+        (33, 5, 30, 0),
     ),
     "ollama": (Shape.OLLAMA, (ollama("a"), ollama("", **LAST)), (33, 5)),
     "ollama, context before": (Shape.OLLAMA, (ollama("a"), line({**CONTEXT, **LAST})), (33, 5)),
@@ -349,7 +496,7 @@ def test_counts_of_a_stream_when_backend_says_them_are_those(name: str) -> None:
     for how in (pieces, [whole], [whole[at : at + 700] for at in range(0, len(whole), 700)]):
         watch = watched(shape, how)
         assert watch.whole or name.endswith("cut")
-        assert watch.told() == told
+        assert watch.told() == full(told)
 
 
 @settings(max_examples=150, deadline=None)
@@ -362,7 +509,7 @@ def test_counts_when_stream_is_cut_anywhere_are_the_same(name: str, where: list[
     data = b"".join(pieces)
     watch, whole = watched(shape, cut(data, where)), watched(shape, [data])
     assert watch.whole is whole.whole
-    assert watch.told() == whole.told() == told
+    assert watch.told() == whole.told() == full(told)
     assert watch.events == whole.events
 
 
@@ -372,7 +519,7 @@ def test_counts_when_fed_byte_by_byte_are_the_same(name: str) -> None:
     data = b"".join(pieces)
     watch = watched(shape, [data[at : at + 1] for at in range(len(data))])
     assert watch.whole or name.endswith("cut")
-    assert watch.told() == told
+    assert watch.told() == full(told)
     assert watch.events == watched(shape, [data]).events
 
 
@@ -389,9 +536,12 @@ EVENTS = {
 }
 
 
-LAST_WORDS = {  # of what is kept, where all events of the dialect would have said another thing
+LAST_WORDS: dict[
+    str, Counts
+] = {  # of what is kept, where all events of the dialect would have said another thing
     "llama.cpp, two choices": (33, 7),
-    "llama.cpp, two choices without include_usage": (33, 5),
+    "llama.cpp, two choices without include_usage": (33, 5, 32, 0),
+    "llama.cpp, two choices, a cache": (33, 5, 30, 0),
     "counts in the first chunk alone": (33, 1),
 }
 
@@ -405,7 +555,7 @@ def test_counts_of_a_stream_when_its_dialect_is_not_known_are_its_last_word(
     ends, stream = Ends(), b"".join(pieces)
     for at in range(0, len(stream), size or len(stream)):
         ends.feed(stream[at : at + (size or len(stream))])
-    assert ends.last_word() == LAST_WORDS.get(name, told)
+    assert ends.last_word() == full(LAST_WORDS.get(name, told))
 
 
 @pytest.mark.parametrize("name", ["chat, include_usage", "messages", "responses", "ollama"])
@@ -417,7 +567,7 @@ def test_counts_of_a_long_stream_when_its_dialect_is_not_known_are_its_last_word
         ends.feed(b": nothing to count\n\n" if name != "ollama" else ollama("a"))
     for piece in rest:
         ends.feed(piece)
-    assert ends.last_word() == told
+    assert ends.last_word() == full(told)
 
 
 @settings(max_examples=150, deadline=None)
@@ -435,7 +585,7 @@ def test_events_when_nobody_counts_are_those_with_content(
     pieces = [first, *map(content, words), *(last if ended else ())]
     watch = watched(shape, cut(b"".join(pieces), where))
     assert (watch.events, watch.ended) == (len(words), ended)
-    assert watch.told() == ((33, None) if shape is Shape.MESSAGES else NOTHING)
+    assert watch.told() == ((33, None, 30, 2) if shape is Shape.MESSAGES else NOTHING)
 
 
 @settings(max_examples=30, deadline=None)
@@ -469,7 +619,7 @@ def test_watch_when_an_event_never_ends_keeps_no_more_than_256_kib_of_it() -> No
 def test_counts_when_one_piece_ends_events_and_begins_a_huge_one_are_of_the_right_one() -> None:
     last = line({"context": list(range(100_000)), **LAST})
     watch = watched(Shape.OLLAMA, [ollama("a") + ollama("b") + last[:500_000], last[500_000:]])
-    assert (watch.told(), watch.ended, watch.load) == ((33, 5), True, 2.5)
+    assert (watch.told(), watch.ended, watch.load) == (full((33, 5)), True, 2.5)
 
 
 HUGE = "x" * 400_000
@@ -486,7 +636,7 @@ def test_counts_when_a_huge_event_is_not_the_last_are_those_of_the_end(step: int
     watch, stream = Watch(Shape.CHAT), b"".join(pieces)
     for at in range(0, len(stream), step):
         watch.feed(stream[at : at + step])
-    assert (watch.told(), watch.ended, watch.whole) == ((33, 5), True, True)
+    assert (watch.told(), watch.ended, watch.whole) == (full((33, 5)), True, True)
 
 
 @pytest.mark.parametrize("step", [16 << 10, 1 << 20])
@@ -500,7 +650,7 @@ def test_counts_when_a_huge_event_is_the_last_are_its_own(
     watch, stream = Watch(Shape.CHAT), b"".join((ROLE, *TOKENS, last, *behind, DONE))
     for at in range(0, len(stream), step):
         watch.feed(stream[at : at + step])
-    assert (watch.told(), watch.ended) == ((33, 5), True)
+    assert (watch.told(), watch.ended) == (full((33, 5)), True)
 
 
 def test_load_when_ollama_had_to_load_is_told_whatever_the_size_of_its_context() -> None:
@@ -513,13 +663,35 @@ def test_load_when_ollama_had_to_load_is_told_whatever_the_size_of_its_context()
 
 # -- documents
 
-DOCUMENTS: dict[str, tuple[dict[str, Any], Told]] = {
+DOCUMENTS: dict[str, tuple[dict[str, Any], Counts]] = {
     "openai": (
         {"choices": [{"message": {"content": json.dumps(FORGED)}}], "usage": COUNTS},
         (33, 5),
     ),
     "openai, a cache is part of it": (
         {"usage": {**COUNTS, "prompt_tokens_details": {"cached_tokens": 32}}},
+        (33, 5, 32, 0),
+    ),
+    "openrouter": (
+        {
+            "usage": {
+                **COUNTS,
+                "prompt_tokens_details": {"cached_tokens": 20, "cache_write_tokens": 10},
+            }
+        },
+        (33, 5, 20, 10),
+    ),
+    "deepseek": (
+        {"usage": {**COUNTS, "prompt_cache_hit_tokens": 30, "prompt_cache_miss_tokens": 3}},
+        (33, 5, 30, 0),
+    ),
+    "vLLM, details null": ({"usage": {**COUNTS, "prompt_tokens_details": None}}, (33, 5)),
+    "more from a cache than there is": (
+        {"usage": {**COUNTS, "prompt_tokens_details": {"cached_tokens": 1 << 20}}},
+        (33, 5, 33, 0),
+    ),
+    "a cache beyond any model": (
+        {"usage": {**COUNTS, "prompt_tokens_details": {"cached_tokens": 1 << 24}}},
         (33, 5),
     ),
     "anthropic": (
@@ -532,18 +704,33 @@ DOCUMENTS: dict[str, tuple[dict[str, Any], Told]] = {
                 "output_tokens": 5,
             },
         },
-        (33, 5),
+        (33, 5, 30, 2),
     ),
     "anthropic, no cache": (
         {"usage": {"cache_read_input_tokens": None, "input_tokens": 33, "output_tokens": 5}},
         (33, 5),
     ),
     "responses": ({"usage": {"input_tokens": 33, "output_tokens": 5}, "output": [FORGED]}, (33, 5)),
+    "responses, a cache is part of it": (
+        {
+            "usage": {
+                "input_tokens": 33,
+                "input_tokens_details": {"cached_tokens": 30},
+                "output_tokens": 5,
+            }
+        },
+        (33, 5, 30, 0),
+    ),
     "ollama": ({"message": {"tool_calls": [FORGED]}, **LAST}, (33, 5)),
     "ollama, embeddings": ({"embeddings": [[0.5]], "prompt_eval_count": 33}, (33, None)),
     "embeddings": ({"data": [], "usage": {"prompt_tokens": 33, "total_tokens": 33}}, (33, None)),
     "rerank": ({"results": [], "usage": {"total_tokens": 33}}, (33, None)),
-    "llama.cpp's timings alone": ({"choices": [], "timings": TIMINGS}, (33, 5)),
+    "llama.cpp's timings alone": ({"choices": [], "timings": TIMINGS}, (33, 5, 32, 0)),
+    "llama.cpp, both": ({"usage": COUNTS, "timings": TIMINGS}, (33, 5, 32, 0)),
+    "llama.cpp, both, with details": (
+        {"usage": {**COUNTS, **CACHED}, "timings": TIMINGS},
+        (33, 5, 30, 0),
+    ),
     "nothing": ({"choices": [FORGED], "usage": None}, NOTHING),
     "a list": ({"usage": [1, 2]}, NOTHING),
 }
@@ -568,8 +755,8 @@ def test_counts_of_a_document_are_found_at_whichever_end_they_stand(
     ends = Ends()
     for at in range(0, len(data), piece):
         ends.feed(data[at : at + piece])
-    assert told_by(parts) == told
-    assert told_by(ends.document()) == told
+    assert told_by(parts) == full(told)
+    assert told_by(ends.document()) == full(told)
     assert ends.size == len(data)
 
 

@@ -13,7 +13,7 @@ from ..contracts import Backend, Fault, Headers, Provider, Reading, Usage
 from ..routing.judge import fault_in, loads, read_document
 from ..wire.answer import Answer
 from ..wire.relay import ClientSink
-from ..wire.usage import believed
+from ..wire.usage import told_of
 
 ANSWER_CAP = 16 << 20  # bytes of a backend's answer
 EVENT_CAP = 4 << 20  # bytes of one event; Ollama's last has a number for each token of the context
@@ -104,7 +104,7 @@ class Reader:
         """Tell the counts as the provider reads them: some families have names of their own."""
         usage = self.reading.usage
         if usage is not None and answer is not None:
-            answer.told = believed(usage.input) or None, believed(usage.output)
+            answer.told = told_of(usage)
 
     def _refuse_as(self, read: Reading | None) -> None:
         """By what was read: an error, nothing, or no JSON at all."""
@@ -186,7 +186,13 @@ def _both(told: Usage | None, new: Usage | None) -> Usage | None:
     """Counts of a stream add up: Anthropic tells the prompt's first, and the rest at the end."""
     if told is None or new is None:
         return new or told
-    return Usage(new.input or told.input, new.output or told.output)
+    whole = new if new.input else told  # who says the input says with it what it is made of
+    return Usage(
+        whole.input,
+        new.output or told.output,
+        cached=whole.cached,
+        cache_written=whole.cache_written,
+    )
 
 
 def _dumps(content: Mapping[str, Any]) -> bytes:

@@ -342,11 +342,12 @@ class Attempt:
         if answer is None:
             stage, status, committed, size, ttft = _CONNECT, None, False, 0, None
             given = made = None
+            cached = written = 0
             billed = now - self.billed_from if self.sent else 0.0
         else:
             stage, status, committed = answer.stage, answer.status, answer.committed
             size, ttft = answer.size, answer.first_content
-            given, made = answer.told
+            given, made, cached, written = answer.told
             if answer.billed is not None:
                 billed = answer.billed
             else:
@@ -358,7 +359,7 @@ class Attempt:
                 answer.cold_start = answer.watch.load
         usage: Usage | None = None
         if given is not None and made is not None:
-            usage = Usage(given, made)
+            usage = Usage(given, made, False, cached, written)
         elif self.sent:
             usage = self._usage(verdict) if self.exchange.inference else self._usage_elsewhere()
         usd = price_of(self.backend, billed, usage)
@@ -396,20 +397,22 @@ class Attempt:
             return Usage(self._guess_input(), 0, estimated=True) if read else None
         if answer.status >= 300 or exchange.path.endswith("/count_tokens"):
             return None
-        given, made = answer.tokens()
+        given, made, cached, written = answer.tokens()
         if given is not None and made is not None:
-            return Usage(given, made)
+            return Usage(given, made, False, cached, written)
         guess, ran = answer.guess()
         if given is None and made is None and not ran and verdict is not _NEUTRAL:
             return None
         if answer.shape is _DOCUMENT and exchange.prompt is None:  # embeddings, a reranking
             guess, made = 0, 0
         if given is not None and made is not None:
-            return Usage(given, made)
+            return Usage(given, made, False, cached, written)
         return Usage(
             self._guess_input() if given is None else given,
             guess if made is None else made,
-            estimated=True,
+            True,
+            cached,
+            written,
         )
 
     @property
@@ -430,12 +433,11 @@ class Attempt:
         answer = self.answer
         if answer is None or answer.status is None or answer.status >= 300:
             return None
-        given, made = answer.tokens()
+        given, made, cached, written = answer.tokens()
         if given is None and made is None:
             return None
-        return Usage(
-            self._guess_input() if given is None else given, made or 0, estimated=given is None
-        )
+        input = self._guess_input() if given is None else given
+        return Usage(input, made or 0, given is None, cached, written)
 
     def _guess_input(self) -> int:
         prompt, upload = self.exchange.prompt, self._upload_of

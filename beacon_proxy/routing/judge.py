@@ -20,7 +20,7 @@ from ..contracts import Backend, Candidate, Exchange, Fault, Finding, Provider, 
 from ..wire.answer import Answer
 from ..wire.expect import HOLD_CAP
 from ..wire.headers import AnswerHead, find
-from ..wire.usage import NOTHING, load_of, told_by
+from ..wire.usage import NOTHING, load_of, told_by, told_of
 
 _VERDICTS = {
     Fault.BUSY: Verdict.BUSY,
@@ -180,7 +180,7 @@ def _judge_reading(backend: Backend, provider: Provider, answer: Answer, body: b
         answer.told = NOTHING  # nothing in it is believed
         return Judgement(Verdict.STRIKE, fault, detail=detail, elsewhere=True)
     if reading is not None and reading.usage is not None:
-        answer.told = reading.usage.input or None, reading.usage.output
+        answer.told = told_of(reading.usage)
     return _GOOD
 
 

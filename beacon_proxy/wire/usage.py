@@ -4,8 +4,11 @@ Rule 1: a count is read from parsed JSON, at the place where the dialect has it.
     client makes up, be it an object of tool arguments, stands elsewhere and is never taken for one.
 Rule 2: input is all of the prompt. OpenAI's and Ollama's counts hold what came from a cache;
     Anthropic's `input_tokens` and llama.cpp's `prompt_n` do not, so it is added.
+    What of it came from a cache, or was put there, is told beside it, never more than there is; of
+    an input that is guessed nothing is known.
 Rule 3: the last word holds: counts of a stream are cumulative. Choices that are counted each for
-    itself add up in the output; the prompt is one.
+    itself add up in the output; the prompt is one, and was read by the one that found the least of
+    it in a cache.
 Rule 4: where the dialect is not known, the outermost counts of the events at either end are taken.
 Rule 5: what a backend does not say is guessed from sizes, and called estimated.
 """
@@ -17,11 +20,13 @@ from typing import Any
 
 import orjson
 
+from ..contracts import Usage
 from .dialects import Shape
 
-# Tokens of input and output; None: the backend did not say.
-Told = tuple[int | None, int | None]
-NOTHING: Told = (None, None)
+# Tokens of input and output, None: the backend did not say; and of the input those that came from
+# its prompt cache and those that were put there, 0 where it did not say.
+Told = tuple[int | None, int | None, int, int]
+NOTHING: Told = (None, None, 0, 0)
 
 # Tokens; a count that says more is none. The longest context of a model that one can rent holds 10
 # million (Llama 4 Scout). What passed is no bound: thoughts that are billed and not shown, pictures
@@ -37,26 +42,63 @@ def believed(value: Any) -> int | None:
     return value if type(value) is int and 0 <= value < _MOST else None  # a bool is none
 
 
+def told_of(usage: Usage) -> Told:
+    """Tokens as a provider's `read` found them; an input of none is one that was not told."""
+    given, made = believed(usage.input) or None, believed(usage.output)
+    return _parted(given, made, believed(usage.cached) or 0, believed(usage.cache_written) or 0)
+
+
+def _parted(given: int | None, made: int | None, cached: int, written: int) -> Told:
+    """Counts whose parts are no more than the whole.
+
+    Who says more has not counted it as input, or is mistaken. What was put into the cache goes
+    first, for it is the dearer: a budget had better be reached too soon.
+    """
+    if given is None:
+        return None, made, 0, 0
+    written = min(written, given)
+    return given, made, min(cached, given - written), written
+
+
 def _of_usage(usage: dict[str, Any]) -> Told:
-    """What a `usage` object says."""
+    """What a `usage` object says.
+
+    Sources: OpenAI's API reference (`prompt_tokens_details.cached_tokens`; of Responses
+    `input_tokens_details.cached_tokens`), OpenRouter's "Usage Accounting" (`cache_write_tokens`
+    beside it), DeepSeek's (`prompt_cache_hit_tokens`, a part of `prompt_tokens`), Anthropic's
+    (`input_tokens` holds neither what was read from a cache nor what was written).
+    """
     given, made = believed(usage.get("prompt_tokens")), believed(usage.get("completion_tokens"))
     if given is not None or made is not None:  # OpenAI's
-        return given, made
+        details = _details(usage, "prompt_tokens_details")
+        cached = believed(details.get("cached_tokens"))
+        cached = cached or believed(usage.get("prompt_cache_hit_tokens")) or 0
+        return _parted(given, made, cached, believed(details.get("cache_write_tokens")) or 0)
     given, made = believed(usage.get("input_tokens")), believed(usage.get("output_tokens"))
     if given is not None:  # Anthropic's, and those of OpenAI's Responses, which has no such caches
-        given += believed(usage.get("cache_read_input_tokens")) or 0
-        given += believed(usage.get("cache_creation_input_tokens")) or 0
-    if given is not None or made is not None:
-        return given, made
-    return believed(usage.get("total_tokens")), None  # of a reranking
+        cached = believed(usage.get("cache_read_input_tokens")) or 0
+        written = believed(usage.get("cache_creation_input_tokens")) or 0
+        given += cached + written
+        details = _details(usage, "input_tokens_details")
+        cached = cached or believed(details.get("cached_tokens")) or 0
+        return _parted(given, made, cached, written)
+    if made is not None:
+        return None, made, 0, 0
+    return believed(usage.get("total_tokens")), None, 0, 0  # of a reranking
+
+
+def _details(usage: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a count is made of; vLLM has null there."""
+    details = usage.get(name)
+    return details if isinstance(details, dict) else {}
 
 
 def _of_timings(timings: dict[str, Any]) -> Told:
     """What llama.cpp's `timings` say, which it sends where no usage was asked for."""
-    given = believed(timings.get("prompt_n"))
-    if given is not None:
-        given += believed(timings.get("cache_n")) or 0
-    return given, believed(timings.get("predicted_n"))
+    given, cached = believed(timings.get("prompt_n")), believed(timings.get("cache_n")) or 0
+    return _parted(
+        None if given is None else given + cached, believed(timings.get("predicted_n")), cached, 0
+    )
 
 
 def told_by(document: dict[str, Any]) -> Told:
@@ -64,17 +106,30 @@ def told_by(document: dict[str, Any]) -> Told:
     usage = document.get("usage")
     if isinstance(usage, dict):
         given, made = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        if type(given) is int and type(made) is int and 0 <= given < _MOST and 0 <= made < _MOST:
-            return given, made  # the usual case, on every answer's way
+        if (
+            type(given) is int
+            and type(made) is int
+            and 0 <= given < _MOST
+            and 0 <= made < _MOST
+            and "prompt_tokens_details" not in usage
+            and "timings" not in document
+            and "prompt_cache_hit_tokens" not in usage
+        ):
+            return given, made, 0, 0  # the usual case, on every answer's way: no word of a cache
         told = _of_usage(usage)
         if told != NOTHING:
-            return told
+            given, made, cached, written = told
+            if cached or written or "timings" not in document:
+                return told
+            # A llama.cpp that has no such details yet.
+            cached = believed(_details(document, "timings").get("cache_n")) or 0
+            return _parted(given, made, cached, 0)
     timings = document.get("timings")
     if isinstance(timings, dict):
         return _of_timings(timings)
-    return believed(document.get("prompt_eval_count")), believed(
-        document.get("eval_count")
-    )  # Ollama's
+    # Ollama's, which takes from its cache and does not say how much.
+    given, made = document.get("prompt_eval_count"), document.get("eval_count")
+    return believed(given), believed(made), 0, 0
 
 
 def load_of(document: dict[str, Any]) -> float | None:
@@ -114,15 +169,13 @@ class Tally:
             if isinstance(usage, dict):
                 self._take(_of_usage(usage))
             elif isinstance(message, dict) and isinstance(usage := message.get("usage"), dict):
-                self._take((_of_usage(usage)[0], None))  # message_start: it has yet to answer
+                self._take(_begun(_of_usage(usage)))
         elif isinstance(response := event.get("response"), dict):
             told = told_by(response)
             self._take(told if told != NOTHING else told_by(event))
 
     def _take(self, told: Told) -> None:
-        given, made = told
-        before = self.told
-        self.told = (before[0] if given is None else given, before[1] if made is None else made)
+        self.told = _then(self.told, told)
 
     def _read_chat(self, event: dict[str, Any]) -> None:
         choices = event.get("choices")
@@ -150,11 +203,30 @@ class Tally:
         self.told = both
 
 
+def _begun(told: Told) -> Told:
+    """Counts of a message that only starts: it has yet to answer."""
+    given, _, cached, written = told
+    return given, None, cached, written
+
+
+def _then(before: Told, told: Told) -> Told:
+    """What holds once more was said; who says the input says with it what it is made of."""
+    given, made, cached, written = told
+    if given is None:
+        given, _, cached, written = before
+    return given, before[1] if made is None else made, cached, written
+
+
 def _both(one: Told, other: Told) -> Told:
     """Counts of two choices of one answer: they have one prompt."""
-    given = [each for each in (one[0], other[0]) if each is not None]
-    made = [each for each in (one[1], other[1]) if each is not None]
-    return max(given, default=None), sum(made) if made else None
+    given = [each for each in (one, other) if each[0] is not None]
+    made = [each[1] for each in (one, other) if each[1] is not None]
+    return (
+        max((each[0] for each in given if each[0] is not None), default=None),
+        sum(made) if made else None,
+        min((each[2] for each in given), default=0),
+        max((each[3] for each in given), default=0),
+    )
 
 
 class Ends:
@@ -205,12 +277,11 @@ class Ends:
                 events += [_start_of(begun, inside), _end_of(cut.rstrip(), inside)]
             lines += rest
         events += [_parsed(line.removeprefix(b"data:")) for line in lines if _KEY.search(line)]
-        given = made = None
+        told = NOTHING
         for event in events:
-            told = _told_inside(event) if event else NOTHING
-            given = given if told[0] is None else told[0]
-            made = made if told[1] is None else told[1]
-        return given, made
+            if event:
+                told = _then(told, _told_inside(event))
+        return told
 
 
 def _end_of(tail: bytes, inside: bytes) -> dict[str, Any] | None:
@@ -236,7 +307,7 @@ def _told_inside(event: dict[str, Any]) -> Told:
         if isinstance(place, dict) and (told := told_by(place)) != NOTHING:
             return told
     message = event.get("message")
-    return (told_by(message)[0], None) if isinstance(message, dict) else NOTHING
+    return _begun(told_by(message)) if isinstance(message, dict) else NOTHING
 
 
 def _parsed(data: bytes) -> dict[str, Any] | None:

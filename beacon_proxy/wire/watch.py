@@ -246,7 +246,8 @@ class Watch:
                     self._count(event, _CONTENT)
                 break
         if self._tally is None and earlier is not None:
-            earlier.told = earlier.told[0], None
+            given, _, cached, written = earlier.told
+            earlier.told = given, None, cached, written
             self._tally = earlier
 
     @property
