@@ -83,7 +83,7 @@ class Estimates:
             typical = live.usual  # it never said what it took
             if typical is None or not (typical.input or typical.output):
                 typical = self._fleet()
-        return typical.input * price.input + typical.output * price.output
+        return price.usd(typical)
 
     def _fleet(self) -> Typical:
         """What inference takes on average, over all backends."""
@@ -98,6 +98,8 @@ class Estimates:
             billed,
             sum(each.input for each in counted) / len(counted),
             sum(each.output for each in counted) / len(counted),
+            sum(each.cached for each in counted) / len(counted),
+            sum(each.cache_written for each in counted) / len(counted),
         )
 
 
@@ -113,6 +115,11 @@ def _begin(
 
 
 def _count(typical: Typical, usage: Usage) -> None:
+    if typical.input:
+        typical.cached += _WEIGHT * (usage.cached - typical.cached)
+        typical.cache_written += _WEIGHT * (usage.cache_written - typical.cache_written)
+    else:  # they begin with the input, and not by themselves: else they would outgrow it
+        typical.cached, typical.cache_written = float(usage.cached), float(usage.cache_written)
     typical.input = _mean(typical.input, usage.input)
     typical.output = _mean(typical.output, usage.output)
 

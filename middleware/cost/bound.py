@@ -64,8 +64,7 @@ class Account:
                 billed = expected_billed(c.live, typical, now)
                 excess = billed * (backend.price_per_second - self._bound)
             else:
-                usd = typical.input * price.input + typical.output * price.output
-                excess = usd - typical.billed * self._bound
+                excess = price.usd(typical) - typical.billed * self._bound
             if excess > 0.0:
                 dear[backend.name] = excess
             chosen = last if c.last_resort else within if excess <= max(room, 0.0) else beyond

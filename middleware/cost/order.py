@@ -132,7 +132,7 @@ def yardstick(candidates: Candidates, work: str | None) -> Callable[[Backend], f
         tokens = backend.token_price
         if tokens is None:
             return backend.price_per_second
-        return (same.input * tokens.input + same.output * tokens.output) / same.billed
+        return tokens.usd(same) / same.billed
 
     return price
 
@@ -151,6 +151,8 @@ def measure(candidates: Candidates, work: str | None) -> Typical:
         sum(billed) / len(billed) if billed else _GUESS.billed,
         sum(each.input for each in counted) / len(counted) if counted else _GUESS.input,
         sum(each.output for each in counted) / len(counted) if counted else _GUESS.output,
+        sum(each.cached for each in counted) / len(counted) if counted else 0.0,
+        sum(each.cache_written for each in counted) / len(counted) if counted else 0.0,
     )
 
 
