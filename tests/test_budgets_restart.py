@@ -14,11 +14,13 @@ import pytest
 
 from beacon_proxy import remembering
 from beacon_proxy.ledger import LedgerError
+from beacon_proxy.ledger.reading import reading
 from beacon_proxy.ledger.store import Store
 
 from .kit import RawBackend, RawClient, chat, eventually, json_answer, proxy
 from .kit_proxy import Proxy
 from .test_inference_route import SAID
+from .test_ledger_schema import of_version_1
 
 pytestmark = pytest.mark.usefixtures("mid_window")
 
@@ -60,6 +62,23 @@ def a_past(path: Path) -> Path:
         took = (200, "good", "done", 1.0, 1.0, 0.5, 1, 1, 0)
         store.write([(time.time(), "past", 1, *where, *took, PAST, 0.0)])
     return path
+
+
+async def test_budget_when_the_proxy_is_a_newer_version_goes_on_from_the_older_ones_ledger(
+    tmp_path: Path,
+) -> None:
+    """What was spent is asked before the ledger's file is opened to be written, and brought up."""
+    old = of_version_1(tmp_path / "beacon.db")
+    async with (
+        RawBackend(json_answer(SAID)) as backend,
+        proxy({"url": backend, "price_per_second": 1.0}, **windows(old)) as p,
+        RawClient(p.port) as client,
+    ):
+        assert spent(p) == {"hour": 0.25, "month": 0.25}
+        assert (await client.ask(chat())).status == 200
+        assert spent(p)["month"] > 0.25
+    with reading(old) as connection:
+        assert connection.execute("SELECT count(*) FROM attempts").fetchone() == (2,)
 
 
 class Held:

@@ -33,6 +33,7 @@ from beacon_proxy.contracts import (
 )
 from beacon_proxy.ledger import Ledger, LedgerError
 from beacon_proxy.ledger import store as store_module
+from beacon_proxy.ledger.rows import COLUMNS, RARE, Rows
 from beacon_proxy.ledger.schema import STEPS
 from beacon_proxy.ledger.store import Store
 
@@ -161,9 +162,42 @@ def test_row_holds_what_is_known_of_the_attempt(site: Site) -> None:
         "tokens_in": 3,
         "tokens_out": 4,
         "tokens_estimated": 1,
+        "tokens_cached": None,
+        "tokens_cache_written": None,
         "usd": 0.00015,
         "expected_usd": 0.0002,
     }
+
+
+@pytest.mark.parametrize("rare", [{}, {"fault": Fault.CLOSED}])
+@pytest.mark.parametrize(
+    ("cached", "written", "there"),
+    [(30, 2, (30, 2)), (30, 0, (30, None)), (0, 2, (None, 2)), (0, 0, (None, None))],
+)
+def test_row_of_a_cached_prompt_holds_its_parts_and_no_zero(
+    site: Site,
+    cached: int,
+    written: int,
+    there: tuple[int | None, int | None],
+    rare: dict[str, Any],
+) -> None:
+    site.attempt(
+        an_exchange(model="m"), usage=Usage(33, 4, cached=cached, cache_written=written), **rare
+    )
+    site.ledger.turn()
+    names = ("tokens_in", "tokens_cached", "tokens_cache_written")
+    assert site.rows(*names) == [(33, *there)]
+
+
+def test_row_of_a_prompt_without_a_cache_is_no_longer_than_before() -> None:
+    """What is rare is not written, nor looked at for NULL, in the row of a usual attempt."""
+    given = [
+        ("e", None, None, "m", "/v1/x", False, an_outcome(usage=usage))
+        for usage in (Usage(12, 34), Usage(12, 34, cached=1), Usage(12, 34, cache_written=1))
+    ]
+    usual, cached, written = Rows().of(given, 0.0)
+    assert len(usual) == len(COLUMNS) == 21
+    assert len(cached) == len(written) == len(COLUMNS) + len(RARE)
 
 
 def test_row_when_something_is_not_known_has_null_there_and_no_zero(site: Site) -> None:

@@ -26,8 +26,10 @@ from beacon_proxy.ledger import Ledger, LedgerError, report, seconds_of
 from beacon_proxy.ledger import reports as reports_module
 from beacon_proxy.ledger.formats import as_table
 from beacon_proxy.ledger.reports import BY
+from beacon_proxy.ledger.store import Store
 
 from .kit import RawBackend, RawClient, chat, eventually, json_answer, proxy, request
+from .test_ledger_schema import of_version_1
 
 NOW = time.time()
 DAY = 86_400.0
@@ -93,7 +95,8 @@ def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Book]:
 
 
 def test_report_adds_up_and_says_what_follows(book: Book) -> None:
-    book.attempt(MODAL, usd=0.01, billed=20.0, cold_start=12.5)
+    cached = Usage(100, 300, cached=40, cache_written=50)
+    book.attempt(MODAL, usd=0.01, billed=20.0, cold_start=12.5, usage=cached)
     book.attempt(MODAL, usage=Usage(50, 50, estimated=True))
     book.attempt(MODAL, verdict=Verdict.STRIKE, fault=Fault.CLOSED, usage=None, usd=0.0, billed=0.0)
     book.attempt(MODAL, verdict=Verdict.BUSY, fault=Fault.BUSY, usage=None, usd=0.0, billed=0.0)
@@ -113,6 +116,7 @@ def test_report_adds_up_and_says_what_follows(book: Book) -> None:
         "cold_start_seconds": 12.5,
         "tokens_in": 250,
         "tokens_out": 650,
+        "tokens_cached": 40,
         "estimated_share": 0.3333,
         "usd": 0.012,
         "expected_usd": 0.01,
@@ -321,6 +325,23 @@ def test_costs_when_there_is_no_ledger_is_one_line_and_exit_1(
     here = f"costs: {Path.cwd()}/"
     out, err = capsys.readouterr()
     assert (out, err.replace(here, "costs: ")) == ("", said + "\n")
+
+
+def test_costs_when_the_ledger_is_of_an_older_version_says_who_brings_it_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = of_version_1(tmp_path / "beacon.db")
+    config = tmp_path / "beacon.yaml"
+    config.write_text(f"ledger: {{path: {old}}}")
+    assert main(["costs", "--config", str(config)]) == 1
+    out, err = capsys.readouterr()
+    said = "it is of version 1; a proxy of this version brings it to 2"
+    assert (out, err) == ("", f"beacon-proxy: costs: {old}: {said}\n")
+    with closing(Store(old)) as store:
+        store.write([])
+    assert main(["costs", "--config", str(config), "--format", "json"]) == 0
+    total = json.loads(capsys.readouterr().out)["total"]
+    assert (total["usd"], total["tokens_in"], total["tokens_cached"]) == (0.25, 33, 0)
 
 
 def test_costs_when_no_backend_is_configured_reads_a_ledger_that_was_brought_here(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from beacon_proxy.ledger import LedgerError, Spent, spent_since
 from beacon_proxy.ledger.reading import reading
+from beacon_proxy.ledger.reports import report
 from beacon_proxy.ledger.schema import APPLICATION_ID, STEPS, VERSION, check, prepare
+from beacon_proxy.ledger.store import Store
 
 LATER = (*STEPS, ("ALTER TABLE attempts ADD COLUMN carbon_g REAL NOT NULL DEFAULT 0",))
 
@@ -83,6 +86,111 @@ def test_prepare_when_the_file_is_older_takes_the_steps_it_lacks_and_keeps_its_r
     assert file.execute("SELECT usd, carbon_g FROM attempts").fetchall() == [(0.25, 0.0)]
 
 
+# What version 1 had made, as it was released: its step is never to change.
+FIRST = """
+CREATE TABLE attempts (
+  id INTEGER PRIMARY KEY,
+  ended_unix REAL NOT NULL,
+  exchange_id TEXT NOT NULL,
+  attempt INTEGER NOT NULL,
+  trace_id TEXT,
+  tenant TEXT,
+  backend TEXT NOT NULL,
+  provider TEXT NOT NULL,
+  region TEXT NOT NULL,
+  pool TEXT NOT NULL,
+  model TEXT,
+  path TEXT NOT NULL,
+  stream INTEGER NOT NULL,
+  status INTEGER,
+  verdict TEXT NOT NULL,
+  stage TEXT NOT NULL,
+  fault TEXT,
+  duration_s REAL NOT NULL,
+  billed_s REAL NOT NULL,
+  ttft_s REAL,
+  cold_start_s REAL,
+  tokens_in INTEGER,
+  tokens_out INTEGER,
+  tokens_estimated INTEGER,
+  usd REAL NOT NULL,
+  expected_usd REAL NOT NULL
+);
+CREATE INDEX attempts_ended_unix ON attempts (ended_unix);
+PRAGMA application_id = 1111834947;
+PRAGMA user_version = 1;
+"""
+
+
+def of_version_1(path: Path) -> Path:
+    """A file with one row, as a proxy of version 1 left it."""
+    with closing(connected(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.executescript(FIRST)
+        insert(connection, ended_unix=time.time(), usd=0.25, tokens_in=33, tokens_out=5)
+    return path
+
+
+CACHE = "SELECT tokens_in, tokens_cached, tokens_cache_written FROM attempts ORDER BY id"
+
+
+def test_first_step_makes_what_version_1_made(path: Path, file: sqlite3.Connection) -> None:
+    prepare(file, STEPS[:1])
+    query = "SELECT name, sql FROM sqlite_master ORDER BY name"
+    with closing(connected(of_version_1(path.with_name("first.db")))) as first:
+        assert file.execute(query).fetchall() == [
+            (name, sql.strip()) for name, sql in first.execute(query)
+        ]
+
+
+def test_file_of_version_1_when_a_proxy_opens_it_keeps_its_rows_and_takes_further_ones(
+    path: Path,
+) -> None:
+    usual = ("e", 1, "b0", "golem", "us-east", "baseline", "m", "/v1/x", 0, 200, "good", "done")
+    row = (time.time(), *usual, 1.0, 1.0, 0.5, 33, 5, 0, 0.5, 0.5)
+    of_version_1(path)
+    with closing(Store(path)) as store:
+        assert (
+            store.write([row, (*row, "", "", "", "", 30, ""), (*row, "", "", "", "", "", 2)]) == []
+        )
+    with reading(path) as connection:
+        assert value(connection, "PRAGMA user_version") == VERSION == 2
+        assert connection.execute(CACHE).fetchall() == [
+            (33, None, None),
+            (33, None, None),
+            (33, 30, None),
+            (33, None, 2),
+        ]
+    assert report(path, "1h", "backend").total.tokens_cached == 30
+
+
+def test_file_of_version_1_when_another_process_reads_it_is_brought_up_beside_it(
+    path: Path,
+) -> None:
+    with reading(of_version_1(path), oldest=1) as connection:
+        connection.execute("BEGIN")
+        assert value(connection, "SELECT count(*) FROM attempts") == 1
+        with closing(Store(path)) as store:
+            assert store.write([]) == []
+        assert value(connection, "SELECT usd FROM attempts") == 0.25
+        connection.execute("COMMIT")
+        assert connection.execute(CACHE).fetchall() == [(33, None, None)]
+
+
+def test_file_of_version_1_until_a_proxy_opened_it_says_so_and_is_left_alone(path: Path) -> None:
+    of_version_1(path)
+    with pytest.raises(LedgerError, match="a proxy of this version brings it to 2") as caught:
+        report(path, "1h", "backend")
+    assert caught.value.kind == "older"
+    with closing(connected(path)) as connection:
+        assert value(connection, "PRAGMA user_version") == 1
+
+
+def test_spent_since_of_a_file_of_version_1_is_known_before_a_proxy_opened_it(path: Path) -> None:
+    ((_, spent),) = spent_since(of_version_1(path), [0.0])
+    assert spent == [Spent("baseline", "golem", "b0", "us-east", None, 0.25)]
+
+
 def test_prepare_when_a_step_fails_leaves_the_file_as_it_was(file: sqlite3.Connection) -> None:
     prepare(file)
     insert(file)
@@ -114,10 +222,10 @@ def test_file_of_a_newer_version_is_left_alone(path: Path, file: sqlite3.Connect
     prepare(file, LATER)
     insert(file)
     for refuses in (prepare, check):
-        with pytest.raises(LedgerError, match="knows 1 at most") as caught:
+        with pytest.raises(LedgerError, match=f"knows {VERSION} at most") as caught:
             refuses(file)
         assert caught.value.kind == "newer"
-    with pytest.raises(LedgerError, match="knows 1"), reading(path):
+    with pytest.raises(LedgerError, match=f"knows {VERSION}"), reading(path):
         pass
     assert value(file, "PRAGMA user_version") == VERSION + 1
 

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from time import monotonic
 
-from .schema import LedgerError, check
+from .schema import VERSION, LedgerError, check
 
 _BUSY = 2.0  # s to wait for a lock; in WAL mode a reader meets one only while a file is recovered
 _LOOK = 200_000  # instructions of SQLite's machine between two looks at the clock, some 5 ms
@@ -21,9 +21,15 @@ def never() -> bool:
 
 @contextmanager
 def reading(
-    path: str | os.PathLike[str], seconds: float = 60.0, stopped: Callable[[], bool] = never
+    path: str | os.PathLike[str],
+    seconds: float = 60.0,
+    stopped: Callable[[], bool] = never,
+    *,
+    oldest: int = VERSION,
 ) -> Iterator[sqlite3.Connection]:
     """A connection that cannot write, for at most `seconds`, and until somebody has it `stopped`.
+
+    `oldest`: the first version of the file that has the columns which are to be read.
 
     Raises:
         LedgerError: of kind `missing` where there is no file or nothing in it, `slow` where the
@@ -37,7 +43,7 @@ def reading(
     try:
         with closing(_open(file)) as connection:
             connection.set_progress_handler(lambda: stopped() or monotonic() > until, _LOOK)
-            check(connection)
+            check(connection, oldest)
             yield connection
     except sqlite3.Error as error:
         if stopped():

@@ -48,6 +48,7 @@ class Sums(NamedTuple):
     cold_start_seconds: float = 0.0
     tokens_in: int = 0
     tokens_out: int = 0
+    tokens_cached: int = 0  # of those in, what came from a prompt cache
     counted: int = 0  # attempts whose tokens are known
     estimated: int = 0  # of those, the ones that the backend did not count itself
     usd: float = 0.0
@@ -70,6 +71,7 @@ class Sums(NamedTuple):
             "cold_start_seconds": round(self.cold_start_seconds, 3),
             "tokens_in": self.tokens_in,
             "tokens_out": self.tokens_out,
+            "tokens_cached": self.tokens_cached,
             "estimated_share": round(self.estimated / self.counted, 4) if self.counted else None,
             "usd": round(self.usd, 9),
             "expected_usd": round(self.expected_usd, 9),
@@ -88,6 +90,7 @@ _SUMS = f"""count(*),
   sum(verdict = '{Verdict.BUSY.value}'),
   sum(duration_s), sum(billed_s), ifnull(sum(cold_start_s), 0.0),
   cast(total(tokens_in) AS INTEGER), cast(total(tokens_out) AS INTEGER),  -- no sum that overflows
+  cast(total(tokens_cached) AS INTEGER),
   count(tokens_estimated), ifnull(sum(tokens_estimated), 0),
   sum(usd) AS spent, sum(expected_usd)"""
 

@@ -29,7 +29,10 @@ COLUMNS = (
 )
 # At the end of a row that has one of them, or lacks one of the others. All else is known of most
 # attempts, and what is known need not be looked at for NULL.
-RARE = ("trace_id", "tenant", "fault", "cold_start_s")
+RARE = (
+    *("trace_id", "tenant", "fault", "cold_start_s"),
+    *("tokens_cached", "tokens_cache_written"),
+)
 NULLABLE = frozenset(
     {*RARE, "model", "status", "ttft_s", "tokens_in", "tokens_out", "tokens_estimated"}
 )
@@ -82,12 +85,16 @@ class Rows:
                 or cold_start is not None
                 or tenant is not None
                 or trace_id is not None
+                or usage.cached
+                or usage.cache_written
             ):
                 row += (
                     trace_id or "",
                     tenant or "",
                     "" if fault is None else fault._value_,
                     "" if cold_start is None else cold_start,
+                    "" if usage is None else usage.cached or "",
+                    "" if usage is None else usage.cache_written or "",
                 )
             money = outcome.billed + outcome.usd + outcome.expected_usd
             # An infinite number would be taken, and spoil every sum from then on.

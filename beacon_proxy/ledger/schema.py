@@ -46,7 +46,13 @@ CREATE TABLE attempts (
 _INDEX = "CREATE INDEX attempts_ended_unix ON attempts (ended_unix)"
 
 Steps = Sequence[Sequence[str]]
-STEPS: Steps = ((_TABLE, _INDEX),)
+# Of attempts before it they are not known: NULL, as where there is nothing to tell.
+_CACHE = (
+    "ALTER TABLE attempts ADD COLUMN tokens_cached INTEGER",
+    "ALTER TABLE attempts ADD COLUMN tokens_cache_written INTEGER",
+)
+
+STEPS: Steps = ((_TABLE, _INDEX), _CACHE)
 VERSION = len(STEPS)
 
 
@@ -94,12 +100,12 @@ def prepare(connection: sqlite3.Connection, steps: Steps = STEPS) -> None:
         raise
 
 
-def check(connection: sqlite3.Connection) -> None:
-    """Raise LedgerError unless the file has the shape that the queries of this version ask for."""
+def check(connection: sqlite3.Connection, oldest: int = VERSION) -> None:
+    """Raise LedgerError unless the file is of this version, or one from `oldest` on."""
     version = _version(connection, VERSION)
     if version == 0:
         raise LedgerError("missing", "it is empty: nothing was recorded yet")
-    if version < VERSION:
+    if version < oldest:
         raise LedgerError(
             "older", f"it is of version {version}; a proxy of this version brings it to {VERSION}"
         )

@@ -19,6 +19,10 @@ from .schema import LedgerError
 
 _CHUNK = 5_000  # ids of one query; with ten times as many each row takes twice as long
 
+# Its columns are as old as the file. A proxy that was brought to a newer version asks this before
+# it opens the file to write, which brings that up: the budgets must not forget meanwhile.
+_OLDEST = 1
+
 _SLICE = """
 SELECT min(id), max(id) FROM attempts WHERE ended_unix >= ? AND ended_unix < ? AND id <= ?"""
 
@@ -60,7 +64,7 @@ def spent_since(
     times = sorted(set(since_unix), reverse=True)
     sums: defaultdict[_Who, float] = defaultdict(float)
     try:
-        with reading(path, inf, stopped) as connection:
+        with reading(path, inf, stopped, oldest=_OLDEST) as connection:
             ((last,),) = connection.execute("SELECT max(id) FROM attempts")
             until = until_unix()
             for since in times:
