@@ -38,6 +38,7 @@ LIMITS = {"responses": "max_output_tokens"}
 class Tokens(NamedTuple):
     input: int
     output: int
+    cached: int = 0  # of the input
 
 
 @pytest.fixture(autouse=True)
@@ -48,13 +49,14 @@ def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-_ROW = "SELECT tokens_in, tokens_out, tokens_estimated FROM attempts WHERE exchange_id = ?"
+_ROW = """
+SELECT tokens_in, tokens_out, tokens_cached, tokens_estimated FROM attempts WHERE exchange_id = ?"""
 
 
 async def counted(p: Proxy, exchange: int) -> Tokens:
     """What the ledger holds for its n-th exchange, from 1; the log says the same."""
     line = (await p.exchanges(exchange))[exchange - 1]
-    rows: list[tuple[int, int, int]] = []
+    rows: list[tuple[int, int, int | None, int]] = []
 
     def written() -> bool:
         with closing(sqlite3.connect(PATIENT["ledger"]["path"])) as connection:
@@ -62,11 +64,12 @@ async def counted(p: Proxy, exchange: int) -> Tokens:
         return bool(rows)
 
     await eventually(written, 10.0)
-    ((tokens_in, tokens_out, estimated),) = rows
+    ((tokens_in, tokens_out, cached, estimated),) = rows
     assert not estimated
     assert "tokens_estimated" not in line
     assert (line["tokens_in"], line["tokens_out"]) == (tokens_in, tokens_out)
-    return Tokens(tokens_in, tokens_out)
+    assert line.get("tokens_cached") == cached != 0, "of none nothing is said"
+    return Tokens(tokens_in, tokens_out, cached or 0)
 
 
 async def metrics(child: Child) -> Tokens:
@@ -79,7 +82,7 @@ async def metrics(child: Child) -> Tokens:
     found = dict(line.split(" ") for line in lines if line.startswith("llamacpp:"))
     names = ("prompt_tokens_total", "prompt_tokens_cached_total", "tokens_predicted_total")
     prompt, cached, made = (int(float(found[f"llamacpp:{name}"])) for name in names)
-    return Tokens(prompt + cached, made)
+    return Tokens(prompt + cached, made, cached)
 
 
 def events(body: bytes) -> Iterator[dict[str, Any]]:
@@ -96,21 +99,26 @@ def events(body: bytes) -> Iterator[dict[str, Any]]:
 def said(body: bytes) -> Tokens:
     """What the server's own answer says, added up here by hand."""
     given = made = None
+    cached = 0
     for each in events(body):
         response = each.get("response")
         holders = (each, each.get("message"), response if isinstance(response, dict) else None)
         for usage in (holder["usage"] for holder in holders if holder and holder.get("usage")):
             if "prompt_tokens" in usage:
                 given, made = usage["prompt_tokens"], usage["completion_tokens"]
+                cached = usage["prompt_tokens_details"]["cached_tokens"]
                 continue
             if "input_tokens" in usage:
-                given = usage["input_tokens"] + usage.get("cache_read_input_tokens", 0)
+                read = usage.get("cache_read_input_tokens", 0)
+                given = usage["input_tokens"] + read
+                cached = read or usage.get("input_tokens_details", {}).get("cached_tokens", 0)
             made = usage["output_tokens"]
         if given is None and (timings := each.get("timings")):
             given, made = timings["prompt_n"] + timings["cache_n"], timings["predicted_n"]
+            cached = timings["cache_n"]
     assert given is not None
     assert made is not None
-    return Tokens(given, made)
+    return Tokens(given, made, cached)
 
 
 async def asked(port: int, dialect: str, *, stream: bool, tokens: int, **more: Any) -> bytes:
@@ -162,7 +170,7 @@ async def test_tokens_when_streams_run_side_by_side_are_each_its_own(
 
 
 async def test_tokens_when_a_prompt_is_cached_are_all_of_it(spawn: Spawn) -> None:
-    """Each dialect tells the part from the cache in its own way, or not at all."""
+    """Each dialect tells the part from the cache in its own way; the ledger has it beside."""
     child = spawn(slots=1)
     await asyncio.to_thread(child.wait_ready)
     async with proxy(row(child), **PATIENT) as p:
@@ -175,9 +183,12 @@ async def test_tokens_when_a_prompt_is_cached_are_all_of_it(spawn: Spawn) -> Non
                 ours.append(await counted(p, number))
                 assert ours[-1] == said(body), (dialect, stream)
             assert len({each.input for each in ours[-3:]}) == 1, dialect
+            again = ours[-2:]  # llama.cpp reads the last token of a prompt anew, whatever it has
+            assert all(each.cached == each.input - 1 > 0 for each in again), (dialect, again)
         after = await metrics(child)
     assert sum(each.input for each in ours) == after.input - before.input
     assert sum(each.output for each in ours) == after.output - before.output
+    assert sum(each.cached for each in ours) == after.cached - before.cached
 
 
 @pytest.mark.parametrize("include", [False, True])
@@ -209,7 +220,7 @@ async def test_tokens_of_embeddings_are_the_input(llama: Child) -> None:
         usage = got.json["usage"]
         assert len(got.body) > 1 << 20
         assert (await counted(p, 1)).output == 0
-        assert await counted(p, 2) == (usage["prompt_tokens"], 0)
+        assert await counted(p, 2) == Tokens(usage["prompt_tokens"], 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -225,8 +236,8 @@ async def test_tokens_of_the_translated_route_are_what_the_client_is_told(
         told = json.loads(got.body.splitlines()[-1])["metadata"]
         ours = await counted(p, 1)
         after = await metrics(llama)
-    assert ours == (told["tokens_prompt"], told["tokens_generated"])
-    assert ours == (after.input - before.input, after.output - before.output)
+    assert ours == Tokens(told["tokens_prompt"], told["tokens_generated"])
+    assert ours == Tokens(after.input - before.input, after.output - before.output)
 
 
 async def test_tokens_when_the_client_leaves_are_about_what_llama_cpp_did(llama: Child) -> None:
@@ -275,5 +286,5 @@ async def test_tokens_of_ollama_are_what_it_says_itself(
             after = await metrics(llama)
         *_, last = events(got.body)
         assert last["done"] is True
-        assert ours == (last["prompt_eval_count"], last["eval_count"])
-        assert ours == (after.input - before.input, after.output - before.output)
+        assert ours == Tokens(last["prompt_eval_count"], last["eval_count"])
+        assert ours == Tokens(after.input - before.input, after.output - before.output)
