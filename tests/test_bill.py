@@ -175,7 +175,7 @@ async def test_tokens_of_a_document_when_backend_says_them_are_those(name: str, 
     path = "/v1/embeddings" if made is None else "/v1/completions"
     async with (
         RawBackend(script) as backend,
-        billing({"url": backend, **BY_TOKENS}) as (p, outcomes),
+        billing({"url": backend, **BY_CACHE}) as (p, outcomes),
         RawClient(p.port) as client,
     ):
         await client.send(data := asks(path))
@@ -191,6 +191,8 @@ async def test_tokens_of_a_document_when_backend_says_them_are_those(name: str, 
         assert outcome.usage.estimated
     else:
         assert outcome.usage == Usage(given, made or 0, cached=cached, cache_written=written)
+        parts = given - cached - written + cached * 0.1 + written * 1.25
+        assert outcome.usd == pytest.approx((parts + (made or 0) * 10) * 1e-6)
 
 
 async def test_tokens_of_embeddings_when_nobody_counts_are_those_of_the_input_alone() -> None:
@@ -430,6 +432,24 @@ async def test_cached_tokens_of_the_translated_route_are_billed_as_such(
     usd = (33 - cached - written) * 1e-6 + cached * 0.1e-6 + written * 1.25e-6 + 5 * 10e-6
     assert outcomes[0].usd == pytest.approx(usd)
     assert line["tokens_cached"] == cached
+
+
+async def test_cost_that_is_expected_of_a_conversation_is_that_of_its_cached_prompts() -> None:
+    """By the price of input it would be nine times what it costs."""
+    usage = {**COUNTS, "prompt_tokens": 10_000, "prompt_tokens_details": {"cached_tokens": 9_900}}
+    usd = (100 + 9_900 * 0.1 + 5 * 10) * 1e-6
+    async with (
+        RawBackend(json_answer({**CHAT.document, "usage": usage})) as backend,
+        billing({"url": backend, **BY_CACHE}) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        for number in (1, 2):
+            assert (await client.ask(chat())).status == 200
+            line = (await p.exchanges(number))[-1]
+            assert (line["tokens_in"], line["tokens_cached"]) == (10_000, 9_900)
+            assert line["cost_usd"] == pytest.approx(usd)
+    assert [each.usd for each in outcomes] == pytest.approx([usd, usd])
+    assert outcomes[1].expected_usd == pytest.approx(usd)
 
 
 async def test_stream_of_a_cached_prompt_when_the_client_leaves_is_charged_by_its_cache() -> None:

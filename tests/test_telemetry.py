@@ -311,7 +311,13 @@ outcomes = st.builds(
     ttft=st.none() | seconds,
     duration=seconds,
     usage=st.none()
-    | st.builds(Usage, st.integers(0, 1 << 60), st.integers(0, 1 << 60), st.booleans()),
+    | st.builds(
+        Usage,
+        st.integers(0, 1 << 60),
+        st.integers(0, 1 << 60),
+        st.booleans(),
+        st.just(0) | st.integers(0, 1 << 60),
+    ),
     detail=odd_text,
 )
 exchanges = st.builds(
@@ -370,6 +376,7 @@ def plainly(of: Exchange, end: dict[str, Any]) -> dict[str, Any]:
         "tokens_in": sum(usage.input for usage in usages),
         "tokens_out": sum(usage.output for usage in usages),
     }
+    cached = sum(usage.cached for usage in usages)
     return {
         "level": "info",
         "event": "exchange.done",
@@ -394,6 +401,7 @@ def plainly(of: Exchange, end: dict[str, Any]) -> dict[str, Any]:
         "queued_s": number(end["queued"]),
         "bytes_in": end["bytes_in"],
         "bytes_out": end["bytes_out"],
+        **({"tokens_cached": cached} if cached else {}),
         **({"tokens_estimated": True} if any(usage.estimated for usage in usages) else {}),
     }
 
