@@ -26,6 +26,7 @@ settings.register_profile(
     "same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("same")
+gc.disable()  # until all is imported
 
 
 def pytest_collection_finish() -> None:
@@ -34,6 +35,7 @@ def pytest_collection_finish() -> None:
     It is 600 000 objects, and to look through them stops the loop for a third of a second, on a
     busy machine for seconds: then every limit of a test that is under way has passed.
     """
+    gc.enable()
     gc.collect()
     gc.freeze()
 

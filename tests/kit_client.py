@@ -175,7 +175,7 @@ class RawClient:
             rest += data
         return bytes(rest)
 
-    async def closed(self, timeout: float = 2.0) -> bool:
+    async def closed(self, timeout: float = 4.0) -> bool:
         """True once the proxy closed the connection; False when it has not after `timeout` s."""
         try:
             async with asyncio.timeout(timeout):

@@ -8,7 +8,7 @@ import json
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +34,8 @@ from beacon_proxy.contracts import (
     canonical_model,
 )
 from beacon_proxy.ops.telemetry import MAX_LISTENERS, Telemetry
+
+from .kit import eventually
 
 NOW, UNIX = 5_000.0, 1_700_000_000.5
 ALERT = {"rule": "queue", "subject": "queue", "severity": "warning", "since": "2023-11-14T22:13Z"}
@@ -166,13 +168,6 @@ async def site(fleet: HandFleet | None = None, *, cancels: bool = True) -> Async
         TestClient(server) as made.client,
     ):
         yield made
-
-
-async def eventually(predicate: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 2
-    while not predicate():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.005)
 
 
 # -- health --------------------------------------------------------------------------------------

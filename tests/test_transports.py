@@ -40,6 +40,7 @@ from .kit import (
     proxy,
     request,
 )
+from .kit_proxy import TIMEOUTS
 from .test_garbage import asked, left_over
 
 SSE = ((b"Content-Type", b"text/event-stream"),)
@@ -208,8 +209,8 @@ async def test_carry_when_there_is_no_answer_the_next_candidate_is_asked(
         elif what == "limit":
             await asyncio.Event().wait()
 
-    limits = {"timeouts": {"document": 0.2, "first_content": 0.2, "cold_start": 0}}
-    async with carried(work, **limits) as (p, _), RawClient(p.port) as client:
+    quick = {"document": 0.2, "first_content": 0.2, "cold_start": 0}
+    async with carried(work, timeouts=quick) as (p, _), RawClient(p.port) as client:
         got = await client.ask(chat())
         assert got.status == status
         (done,) = await p.exchanges(1)
@@ -217,7 +218,7 @@ async def test_carry_when_there_is_no_answer_the_next_candidate_is_asked(
         assert bool(p.events("carry.failed")) == (what == "raise")
     async with (
         RawBackend(json_answer(ANSWER)) as good,
-        carried(work, good, **limits) as (p, _),
+        carried(work, {"url": good, "timeouts": TIMEOUTS}, timeouts=quick) as (p, _),
         RawClient(p.port) as client,
     ):
         for _ in range(2):  # whichever comes first, the other answers in the end
