@@ -185,8 +185,8 @@ async def test_serve_when_drained_idle_clients_do_not_keep_it(tmp_path: Path) ->
     ):
         assert (await idle.ask(chat(), "POST")).complete
         running.signal()
-        assert await idle.closed(3)
-        await running.ended(within=3)
+        assert await idle.closed(10)
+        await running.ended(within=10)
 
 
 async def test_serve_when_the_drain_time_is_over_cuts_what_is_open_visibly(tmp_path: Path) -> None:
@@ -198,8 +198,8 @@ async def test_serve_when_the_drain_time_is_over_cuts_what_is_open_visibly(tmp_p
             running.signal()
             rest = await client.read_all()
             took = time.monotonic() - started
-        await backend.closed.wait(timeout=2)
-        await running.ended(within=3)
+        await backend.closed.wait(timeout=10)
+        await running.ended(within=10)
     assert not rest.endswith(LAST_CHUNK), "a clean end"
     assert took >= 0.25, "it was given its time"
     (told,) = running.told("exchange.done")
@@ -216,9 +216,9 @@ async def test_serve_when_told_twice_stops_at_once(tmp_path: Path) -> None:
             running.signal()
             started = time.monotonic()
             rest = await client.read_all()
-            await running.ended(within=3)
-            assert time.monotonic() - started < 3, "the drain time is 20 s"
-        await backend.closed.wait(timeout=2)
+            await running.ended(within=10)
+            assert time.monotonic() - started < 10, "the drain time is 20 s"
+        await backend.closed.wait(timeout=10)
     assert not rest.endswith(LAST_CHUNK), "a clean end"
     assert len(running.told("exchange.done")) == 1, "it is told like any other"
 

@@ -363,7 +363,7 @@ async def test_openai_client_gives_up_waiting_then_nothing_is_held(doors: Doors)
     async with of_openai(doors.through) as client:
         with pytest.raises(openai.APITimeoutError):
             await client.chat.completions.create(
-                model=MODEL, messages=MESSAGES, max_tokens=60, timeout=0.1, **ENDLESS
+                model=MODEL, messages=MESSAGES, max_tokens=120, timeout=0.5, **ENDLESS
             )
     (line,) = await doors.proxy.exchanges(1)
     assert line["end"] == "client_closed"
