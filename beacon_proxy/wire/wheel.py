@@ -14,7 +14,7 @@ from typing import Protocol
 
 GRAIN = 0.05  # s
 HORIZON = 900.0  # s; what lies further off is asked again then, so that buckets stay few
-_READ = 0.001  # s, in which a loop that stood still reads what there is
+_LATE = 0.01  # s that a turn may come late; beyond that the loop has stood still
 
 
 class Timed(Protocol):
@@ -36,7 +36,7 @@ class Wheel:
         self._buckets: dict[int, dict[Timed, None]] = {}
         self._order: list[int] = []  # a heap of the buckets there are
         self._timer: asyncio.TimerHandle | None = None
-        self._stood = False  # still, and what came meanwhile may be read before anything is asked
+        self._stood = False  # still, so that a turn was put off
 
     def add(self, thing: Timed, when: float) -> None:
         """Ask `thing` at `when` (monotonic s, as the loop's own clock), or up to a grain later."""
@@ -75,11 +75,11 @@ class Wheel:
     def _turn(self) -> None:
         self._timer = None
         now = self._loop.time()
-        if now > self._order[0] * GRAIN + GRAIN and not self._stood:
-            # The process stood still. uvloop may come here first, before it reads what was sent
-            # meanwhile, and who has sent it would be cut off as silent.
+        if now > self._order[0] * GRAIN + _LATE and not self._stood:
+            # uvloop may come here before it reads what was sent meanwhile, and who has sent it
+            # would be cut off as silent: they get another grain, once.
             self._stood = True
-            self._timer = self._loop.call_at(now + _READ, self._turn)
+            self._timer = self._loop.call_at(now + GRAIN, self._turn)
             return
         self._stood = False
         # The loop's clock has whole milliseconds, so it may still stand just before the bucket.
