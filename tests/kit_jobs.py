@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any
 
-from .kit import Answer, Proxy, RawClient, chat_events, proxy, request
+from .kit import Answer, Proxy, RawClient, chat_events, eventually, proxy, request
 from .kit_runpod import ControlPlane, Job, Play, queue_row
 
 CHAT: dict[str, Any] = {
@@ -50,13 +50,18 @@ def ends(output: Any = None, **more: Any) -> Play:
 
 
 def yields(*pieces: Any, output: Any = None, gap: float = 0.0, **more: Any) -> Play:
-    """A generator as the handler; `more` is how it ends."""
+    """A generator as the handler; `more` is how it ends.
+
+    With a `gap` each piece is taken before it yields the next or ends, and so much later at least.
+    """
 
     async def play(job: Job) -> None:
         job.start()
         for piece in pieces:
             job.say(piece)
             await asyncio.sleep(gap)
+            if gap:
+                await eventually(lambda: job.final or not job.unread, 30)
         job.end(output, **more)
 
     return play
