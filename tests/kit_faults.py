@@ -20,7 +20,7 @@ Play = Callable[[BackendConn, Api], Awaitable[None]]
 
 PATIENCE = 4.0  # s a client waits: more than any limit that a fault runs into
 FIRST = {"price_per_second": 0.0001}  # with the cost mode `cost`: taken before the good ones
-QUICK = {"connect": 0.3, "first_content": 0.3, "document": 0.3, "idle": 0.3}  # s
+QUICK = {"first_content": 0.3, "document": 0.3, "idle": 0.3}  # s
 
 
 class Ending(StrEnum):

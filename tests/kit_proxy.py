@@ -40,10 +40,15 @@ SOON = 4.0  # s; by then none of these limits has brought about what a test wait
 
 
 async def eventually(predicate: Callable[[], object], timeout: float = SOON) -> None:
-    """Poll until `predicate` holds. Raises AssertionError when it never does."""
-    deadline = time.monotonic() + timeout
+    """Poll until `predicate` holds. Raises AssertionError when it never does.
+
+    Time in which this process stood still is no time to wait: it has looked often enough, too.
+    """
+    deadline, looks = time.monotonic() + timeout, 0
     while not predicate():
-        assert time.monotonic() < deadline, f"not true after {timeout} s: {predicate}"
+        over = time.monotonic() > deadline and looks > timeout * 100
+        assert not over, f"not true after {timeout} s: {predicate}"
+        looks += 1
         await asyncio.sleep(0.005)
 
 

@@ -32,7 +32,6 @@ from .kit import (
 from .kit_faults import (
     FIRST,
     HOW,
-    QUICK,
     STAGES,
     Ending,
     Fault,
@@ -292,7 +291,7 @@ async def test_fault_when_the_port_is_closed_the_next_answers(stream: bool) -> N
 @both_modes
 async def test_fault_when_the_connect_is_never_answered_the_next_answers(stream: bool) -> None:
     async with blackhole() as port:
-        row = {"url": f"http://127.0.0.1:{port}", "timeouts": QUICK}
+        row = {"url": f"http://127.0.0.1:{port}", "timeouts": {"connect": 0.3}}
         await check(CHAT, stream, row, ("timeout",))
 
 
@@ -319,7 +318,7 @@ async def test_fault_when_tls_meets_a_plain_port_the_next_answers(said: bytes) -
             await conn.wait_closed()
 
     async with RawBackend(script, eager=True) as plain:
-        row = {"url": f"https://127.0.0.1:{plain.port}", "timeouts": QUICK}
+        row = {"url": f"https://127.0.0.1:{plain.port}", "timeouts": {"connect": 0.3}}
         await check(CHAT, True, row, ("tls",) if said else ("timeout",))
 
 

@@ -221,6 +221,7 @@ async def test_name_that_does_not_resolve_holds_up_no_other_backend(
         ]
         limits = {"connect": 1.0}
         async with proxy(*rows, timeouts=limits, middleware=NO_PROBES) as p:
+            _, fine = p.app.fleet.candidates()
             try:
                 clients = [RawClient(p.port) for _ in range(12)]
                 for client in clients:
@@ -234,7 +235,6 @@ async def test_name_that_does_not_resolve_holds_up_no_other_backend(
                 for client in clients:
                     assert (await client.response("POST")).status in (502, 503, 504)
                 assert names.asked.count("hangs.invalid") == 1, "one lookup at a time"
-                fine = next(c for c in p.app.fleet.candidates() if c.backend.name == "b1")
                 assert not fine.live.ejected_until
             finally:
                 names.go.set()
