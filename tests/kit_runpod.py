@@ -21,7 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,22 @@ ENDPOINT = "ep"
 KEY = "rpa_test"
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 _HOLD = 30.0  # s that a worker's question is held; the SDK gives up after 90
+
+
+class News:
+    """Wakes everybody who waits by then; an event that one of them clears would not."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def tell(self) -> None:
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def wait(self, seconds: float) -> None:
+        """Until there is news, or `seconds` have passed."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._event.wait(), seconds)
 
 
 @dataclass
@@ -69,11 +85,11 @@ class Job:
     started: float | None = None  # monotonic s
     ran: Any = None  # ms, as the control plane tells it once the job is over; None: as it took
     cancelled_at: float | None = None  # monotonic s
-    news: asyncio.Event = field(default_factory=asyncio.Event)
+    news: News = field(default_factory=News)
 
     def start(self, delay: int = 0) -> None:
         self.status, self.delay, self.started = "IN_PROGRESS", delay, time.monotonic()
-        self.news.set()
+        self.news.tell()
 
     def say(self, *pieces: Any) -> None:
         """Yield, as a generator does."""
@@ -81,7 +97,7 @@ class Job:
             self.pieces.append(piece)
             self.unread.append(piece)
             self.yielded_at.append(time.monotonic())
-        self.news.set()
+        self.news.tell()
 
     def end(self, output: Any = None, *, error: Any = None, status: str | None = None) -> None:
         self.status = status or ("FAILED" if error is not None else "COMPLETED")
@@ -89,7 +105,7 @@ class Job:
         if self.ran is None:
             began = time.monotonic() if self.started is None else self.started
             self.ran = int((time.monotonic() - began) * 1000)
-        self.news.set()
+        self.news.tell()
 
     @property
     def final(self) -> bool:
@@ -143,7 +159,7 @@ class ControlPlane:
         self._numbers = itertools.count(1)
         self._waiting: deque[Job] = deque()
         self._stops: deque[str] = deque()
-        self._news = asyncio.Event()
+        self._news = News()
         self._tasks: set[asyncio.Task[None]] = set()
         self._runner: web.AppRunner | None = None
         self._closing = False
@@ -205,7 +221,7 @@ class ControlPlane:
 
     async def stop(self) -> None:
         self._closing = True
-        self._news.set()
+        self._news.tell()
         for task in self._tasks:
             task.cancel()
         await asyncio.sleep(0.01)  # workers' questions that are held get their empty answers
@@ -249,7 +265,7 @@ class ControlPlane:
             task.add_done_callback(self._tasks.discard)
         else:
             self._waiting.append(job)
-            self._news.set()
+            self._news.tell()
         if self.hold is not None:
             await self.hold.wait()
         return job
@@ -272,11 +288,7 @@ class ControlPlane:
             return web.json_response({"error": "wait"}, status=400)
         end = time.monotonic() + wait / 1000
         while not job.final and (left := end - time.monotonic()) > 0:
-            job.news.clear()
-            try:
-                await asyncio.wait_for(job.news.wait(), left)
-            except TimeoutError:
-                break
+            await job.news.wait(left)
         return web.json_response(job.document())
 
     async def _job(self, request: web.Request, operation: str) -> Job | web.Response:
@@ -314,7 +326,7 @@ class ControlPlane:
                 self._waiting.remove(job)
             if job.id in self.taken:
                 self._stops.append(job.id)
-                self._news.set()
+                self._news.tell()
         return web.json_response({"id": job.id, "status": job.status})
 
     async def _health(self, request: web.Request) -> web.Response:
@@ -342,13 +354,9 @@ class ControlPlane:
         """Hold a worker's question until there is something, but not for long."""
         end = time.monotonic() + _HOLD
         while not something():
-            if self._closing:
+            if self._closing or (left := end - time.monotonic()) <= 0:
                 return False
-            self._news.clear()
-            try:
-                await asyncio.wait_for(self._news.wait(), max(end - time.monotonic(), 0.0))
-            except TimeoutError:
-                return False
+            await self._news.wait(left)
         return True
 
     async def _take(self, request: web.Request) -> web.Response:

@@ -27,6 +27,7 @@ from .kit import (
     json_answer,
     request,
 )
+from .kit_runpod import News
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -340,3 +341,14 @@ async def test_pieces_are_seen_as_they_come():
         assert await c.read_until(b"one\r\n") == b"3\r\none\r\n"
         assert (await c.body(head)).body == b"two"
         assert b.requests[0].complete
+
+
+async def test_news_when_another_begins_to_wait_is_not_lost():
+    """An event that each clears before it waits lost what was told to one who was about to."""
+    news = News()
+    first = asyncio.create_task(news.wait(20))
+    await asyncio.sleep(0)
+    news.tell()
+    await news.wait(0)
+    async with asyncio.timeout(5):
+        await first
