@@ -458,8 +458,7 @@ async def test_cost_when_an_attempt_failed_counts_it_and_not_the_wait_between() 
         (line,) = await p.exchanges(1)
         first, second = line["attempts"]
         most = first["duration_s"] + 2 * second["duration_s"]
-        assert first["duration_s"] <= 0.03 + line["cost_usd"] <= most + 0.03
-        assert line["cost_usd"] >= 0.028
+        assert 0.028 <= line["cost_usd"] <= most + 0.03
         assert spent_is_logged(p)
 
 
