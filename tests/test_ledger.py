@@ -72,6 +72,10 @@ class Site:
     def attempt(self, exchange: Exchange | None = None, **fields: Any) -> None:
         self.ledger.observe(exchange or an_exchange(), an_outcome(**fields))
 
+    def pass_by(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.unix.now += seconds
+
     def rows(self, *columns: str) -> list[Any]:
         return read(self.path, *columns)
 
@@ -508,8 +512,7 @@ def test_file_that_is_moved_away_is_not_trimmed_under_its_new_name(site: Site) -
     site.ledger.turn()
     moved = site.path.with_name("september.db")
     site.path.rename(moved)
-    site.unix.now += 91 * DAY
-    site.clock.now += 61.0
+    site.pass_by(91 * DAY)
     for _ in range(2):
         site.ledger.turn()
     assert site.told() == ["deleted", "ledger.recovered"]
@@ -769,16 +772,92 @@ def test_old_rows_are_deleted_in_steps_and_newer_ones_stay(site: Site) -> None:
     for n in range(1_200):
         site.attempt(an_exchange(f"old-{n}"))
     site.ledger.turn()
-    site.unix.now += 60 * DAY
-    site.attempt(an_exchange("young"))
+    site.pass_by(60 * DAY)
+    site.attempt(an_exchange("young"), started=site.clock.now)
     site.ledger.turn()
-    site.unix.now += 30.5 * DAY
-    site.clock.now += 61.0
+    site.pass_by(30.5 * DAY)
     for _ in range(3):
-        site.attempt(an_exchange("new"))
+        site.attempt(an_exchange("new"), started=site.clock.now)
         site.ledger.turn()
     assert site.rows("exchange_id") == ["young", "new", "new", "new"]
     assert site.events == []
+
+
+def turns_for(site: Site, seconds: float) -> int:
+    """Let time pass by, with a turn each minute; how many rows are left."""
+    for _ in range(int(seconds // 61)):
+        site.pass_by(61.0)
+        site.ledger.turn()
+    return len(site.rows("id"))
+
+
+AHEAD = 91 * DAY
+
+
+@pytest.fixture
+def kept(site: Site) -> Site:
+    """A ledger with a row, which runs for long enough to know the day."""
+    site.attempt()
+    site.ledger.turn()
+    assert turns_for(site, 2 * 3600.0) == 1
+    return site
+
+
+def test_old_rows_when_the_time_of_day_is_wrong_for_a_while_stay(kept: Site) -> None:
+    kept.unix.now += AHEAD
+    assert turns_for(kept, 3000.0) == 1
+    kept.unix.now -= AHEAD
+    assert turns_for(kept, 2 * DAY) == 1
+    moved = {"path": str(kept.path), "seconds": AHEAD}
+    assert kept.events == [("ledger.clock_moved", moved)], "once, as it never stood for an hour"
+
+
+def test_old_rows_when_the_new_time_of_day_stands_for_an_hour_are_deleted(kept: Site) -> None:
+    """So it is where it was wrong before, or the machine slept, which its clock does not count."""
+    kept.unix.now += AHEAD
+    assert turns_for(kept, 3500.0) == 1
+    assert turns_for(kept, 300.0) == 0
+    kept.unix.now -= AHEAD
+    turns_for(kept, 61.0)
+    assert [fields["seconds"] for _, fields in kept.events] == [AHEAD, -AHEAD], "that is news again"
+
+
+def test_old_rows_when_the_time_of_day_is_wrong_from_the_start_stay_until_it_is_right(
+    tmp_path: Path,
+) -> None:
+    """A machine without a clock of its own starts at any date, and asks for the time later."""
+    path = tmp_path / "beacon.db"
+    before = Site(path)
+    before.attempt()
+    before.ledger.turn()
+    before.ledger.close()
+    for wrong in (AHEAD, -1_700_000_000.0):
+        site = Site(path)
+        site.unix.now += wrong
+        site.ledger.turn()
+        assert turns_for(site, 600.0) == 1
+        site.unix.now -= wrong
+        assert turns_for(site, DAY) == 1
+        site.ledger.close()
+
+
+def test_old_rows_when_the_time_of_day_is_set_by_little_are_deleted_as_ever(kept: Site) -> None:
+    kept.pass_by(90 * DAY - 4 * 3600.0)
+    for _ in range(200):  # a second each minute, as a clock that runs badly is put right
+        kept.unix.now += 1.0
+        turns_for(kept, 61.0)
+    assert kept.rows("id") == []
+    assert kept.events == []
+
+
+def test_rows_when_the_time_of_day_is_wrong_still_leave_for_the_size(tmp_path: Path) -> None:
+    site = Site(tmp_path / "beacon.db", max_size=1 << 20)
+    site.unix.now += AHEAD
+    for n in range(8_000):
+        site.attempt(an_exchange(f"{n:05}", model="some/model-of-70B"))
+    site.ledger.turn()
+    assert 3_000 < len(site.rows("id")) < 8_000
+    site.ledger.close()
 
 
 def test_old_rows_when_there_are_very_many_hold_up_no_turn_for_long(
@@ -787,8 +866,7 @@ def test_old_rows_when_there_are_very_many_hold_up_no_turn_for_long(
     for n in range(3_000):
         site.attempt(an_exchange(str(n)))
     site.ledger.turn()
-    site.unix.now += 91 * DAY
-    site.clock.now += 61.0
+    site.pass_by(91 * DAY)
     trim = site.ledger._store.trim
 
     def slow(before: float, most: int) -> int:

@@ -41,6 +41,8 @@ _TRIM_STEP = 500  # rows deleted by one transaction
 _TRIM_TIME = 0.05  # s of a turn that deletions may take
 _DAY = 86_400.0
 _TELL_SHORTER = _DAY  # until it is told again that rows went before their time
+_STEPPED = 300.0  # s that the time of day may move beside the clock from look to look
+_STANDS = 3600.0  # s that it must stand from then on, until rows are deleted by their age
 
 
 class Ledger:
@@ -81,6 +83,7 @@ class Ledger:
         self._flushed = 0.0  # unix s; 0: never
         self._trouble = _Trouble()
         self._trim_at = 0.0
+        self._date = _Date(clock())
         self._size = 0  # bytes, at the last look
         self._skipped = -_TELL_AGAIN  # when it was last told that an attempt was left out
         self._shortened = -_TELL_SHORTER  # when it was last told that rows went early
@@ -293,8 +296,9 @@ class Ledger:
         now = self._clock()
         if now < self._trim_at:
             return
+        old = self._old(now)
         while self._clock() < now + _TRIM_TIME:
-            if self._store.trim(self._unix() - self._retention, _TRIM_STEP) == _TRIM_STEP:
+            if self._store.trim(old, _TRIM_STEP) == _TRIM_STEP:
                 continue  # there may be more of them
             self._size = self._store.size()
             if self._size <= self._max_size:
@@ -304,6 +308,18 @@ class Ledger:
             if now - self._shortened >= _TELL_SHORTER:
                 self._shortened = now
                 self._tell("ledger.shortened", path=self.path, max_size=self._max_size)
+
+    def _old(self, now: float) -> float:
+        """What ended before this (unix s) is too old; nothing while the day may be wrong."""
+        unix, date = self._unix(), self._date
+        moved = date.look(unix, now)
+        if moved and not date.told:
+            date.told = True
+            self._tell("ledger.clock_moved", path=self.path, seconds=round(moved, 3))
+        if now - date.since < _STANDS:
+            return -inf
+        date.told = False
+        return unix - self._retention
 
     def _fail(self, error: LedgerError) -> None:
         now, trouble = self._clock(), self._trouble
@@ -331,6 +347,26 @@ class Ledger:
             trouble.known = False
             seconds = round(self._clock() - trouble.since, 3)
             self._tell("ledger.recovered", path=self.path, seconds=seconds, rows_lost=self.lost)
+
+
+class _Date:
+    """Since when the time of day has gone with the clock: what is deleted by a wrong one is gone.
+
+    A machine may start with any date and be put right, or wrong, at any time.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.since = now  # monotonic s
+        self.told = False  # that it moved, since it last stood for long enough
+        self._offset: float | None = None  # of the time of day, at the last look
+
+    def look(self, unix: float, now: float) -> float:
+        """By how many s it has moved since the last look; 0.0 where that is no step."""
+        was, self._offset = self._offset, unix - now
+        if was is None or abs(self._offset - was) < _STEPPED:
+            return 0.0
+        self.since = now
+        return self._offset - was
 
 
 class _Trouble:

@@ -42,6 +42,7 @@ LEVELS = {
     "fleet.panicked": "warning",
     "gauges.failed": "error",
     "job.left_behind": "warning",
+    "ledger.clock_moved": "warning",
     "ledger.failed": "error",
     "ledger.shortened": "warning",
     "ledger.skipped": "error",
