@@ -33,6 +33,7 @@ from beacon_proxy.contracts import (
 )
 from beacon_proxy.ledger import Ledger, LedgerError
 from beacon_proxy.ledger import store as store_module
+from beacon_proxy.ledger import writer as writer_module
 from beacon_proxy.ledger.rows import COLUMNS, RARE, Rows
 from beacon_proxy.ledger.schema import STEPS
 from beacon_proxy.ledger.store import Store
@@ -965,6 +966,24 @@ async def test_thread_writes_within_the_interval_and_sleeps_where_there_is_nothi
         assert abs(ended - time.time()) < 5
     assert running.events == []
     assert os.listdir(tmp_path) == ["beacon.db"]  # closed, log and all
+
+
+async def test_thread_when_there_is_more_to_delete_does_not_wait_for_its_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else more would come in an interval of minutes than goes in one turn."""
+    monkeypatch.setattr(writer_module, "_TRIM_TIME", 0.005)
+    monkeypatch.setattr(writer_module, "_TRIM_STEP", 50)
+    path, most = tmp_path / "beacon.db", 1 << 19
+    before = Site(path)
+    for n in range(8_000):
+        before.attempt(an_exchange(f"{n:05}", model="some/model-of-70B"))
+    before.ledger.turn()
+    assert before.gauge("size_bytes") > 2 * most
+    before.ledger.close()
+    async with Running(path, flush_interval=3600.0, max_size=most) as running:
+        await running.until(lambda: 0 < running.ledger._size <= most)
+    assert 1_000 < len(read(path, "id")) < 4_000
 
 
 async def test_thread_at_the_end_writes_what_waits(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ _AT_END = 2.0  # s that the end of a process waits for the last rows
 _TRIM_EVERY = 60.0  # s between two looks for rows that are too old
 _TRIM_STEP = 500  # rows deleted by one transaction
 _TRIM_TIME = 0.05  # s of a turn that deletions may take
+_TRIM_PAUSE = 0.25  # s until the next turn, at most, where there is more to delete
 _DAY = 86_400.0
 _TELL_SHORTER = _DAY  # until it is told again that rows went before their time
 _STEPPED = 300.0  # s that the time of day may move beside the clock from look to look
@@ -229,6 +230,8 @@ class Ledger:
     def _pause(self) -> float:
         if self._closed:
             return 0.05 if self._trouble.lasts else 0.0
+        if self._clock() >= self._trim_at and not self._trouble.lasts:
+            return min(self._interval, _TRIM_PAUSE)  # else more may come than goes
         doubled = self._interval * 2.0 ** min(self._trouble.tries, 16)
         return min(doubled, max(self._interval, _RETRY_MOST))
 
