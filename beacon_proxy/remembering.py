@@ -6,24 +6,31 @@ Rule 2: the shortest window is known first; each counts as soon as it is known.
 Rule 3: nothing counts twice. What this process spends is counted as it ends. So of the ledger only
     those rows count that were there before it was served; where the file was so slow that this
     is not known, those that ended before.
-Rule 4: a thread reads, which nobody waits for: neither a request, nor the end of the process.
+Rule 4: the loop takes it in small pieces, one a step: clients make tenants up, and who is served
+    waits for none of them.
+Rule 5: a thread reads, which nobody waits for: neither a request, nor the end of the process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from math import inf
-from typing import Any
+from typing import TypeVar
 
 from .contracts import Clock, Notify
 from .errors import told
-from .ledger import LedgerError, Spent, spent_since
+from .ledger import LedgerError, spent_since
 from .spending.budgets import Budgets
 
+T = TypeVar("T")
+
 _WAITS = 1.0  # s that the start waits
+_PIECE = 500  # sums that the loop takes in one step
 
 
 class Remembering:
@@ -37,6 +44,7 @@ class Remembering:
         self._serves = False  # somebody may have been served already
         self._closed = False
         self._ended = asyncio.Event()
+        self._steps: deque[Callable[[], None]] = deque()  # that the loop has still to take
 
     async def begin(self) -> None:
         """Return once all is known, or after a short time."""
@@ -58,29 +66,45 @@ class Remembering:
     # -- the thread's ----------------------------------------------------------------------------
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        def in_loop(call: Callable[..., None], *values: Any) -> None:
+        def in_loop(step: Callable[[], None]) -> None:
             with suppress(RuntimeError):  # it is closed: nobody waits
-                loop.call_soon_threadsafe(call, *values)
+                loop.call_soon_threadsafe(self._give, step)
 
         error = None
         try:
             known = spent_since(
-                self._path, self._left, until_unix=self._until, stopped=lambda: self._closed
+                self._path,
+                self._left,
+                most_tenants=self._budgets.tenants,
+                until_unix=self._until,
+                stopped=lambda: self._closed,
             )
+            restore = self._budgets.restore
             for since, spent in known:
-                in_loop(self._restore, since, spent)
+                for places in _pieces(spent.places):
+                    in_loop(partial(restore, since, places=places))
+                for tenants in _pieces(spent.tenants):
+                    in_loop(partial(restore, since, tenants=tenants))
+                in_loop(partial(self._left.remove, since))
         except Exception as exc:  # whatever it is, the operator is told
             error = exc
-        in_loop(self._end, error)
+        in_loop(partial(self._end, error))
 
     def _until(self) -> float:
         return self._begun_unix if self._serves else inf
 
     # -- the loop's ------------------------------------------------------------------------------
 
-    def _restore(self, since: float, spent: list[Spent]) -> None:
-        self._left.remove(since)
-        self._budgets.restore(since, spent)
+    def _give(self, step: Callable[[], None]) -> None:
+        self._steps.append(step)
+        if len(self._steps) == 1:
+            asyncio.get_running_loop().call_soon(self._next)
+
+    def _next(self) -> None:
+        step = self._steps.popleft()
+        if self._steps:
+            asyncio.get_running_loop().call_soon(self._next)
+        step()
 
     def _end(self, error: Exception | None) -> None:
         self._ended.set()
@@ -98,3 +122,8 @@ class Remembering:
             error=f"not known is what they spent before: {error if known else told(error)}",
             path=self._path,
         )
+
+
+def _pieces(sums: list[T]) -> Iterator[list[T]]:
+    for at in range(0, len(sums), _PIECE):
+        yield sums[at : at + _PIECE]

@@ -47,7 +47,6 @@ class Past(NamedTuple):
     provider: str
     backend: str
     region: str
-    tenant: str | None
     usd: float
 
 
@@ -350,10 +349,10 @@ def test_restore_when_it_is_told_of_the_past_counts_it_as_its_own(
     day, month = window("day", NOON)[0], window("month", NOON)[0]
     assert scene.budgets.windows() == [month, day]
     rows = [
-        Past("burst", "openai", "a", "us-east", None, 0.3),
-        Past("burst", "openai", "a", "us-east", None, 0.3),
+        Past("burst", "openai", "a", "us-east", 0.3),
+        Past("burst", "openai", "a", "us-east", 0.3),
     ]
-    scene.budgets.restore(day, rows)
+    scene.budgets.restore(day, rows, [("t", 0.2), (None, 0.6)])
     assert scene.spent == (0.6 if covered else 0.0)
     assert scene.gauge("budget_spent_usd", "monthly") == 0.0
     scene.seconds = 0.5
@@ -364,17 +363,15 @@ def test_restore_when_its_window_ended_meanwhile_counts_nothing() -> None:
     scene = Scene((Terms(per="minute"),))
     (since,) = scene.budgets.windows()
     scene.pass_by(60)
-    scene.budgets.restore(since, [Past("burst", "openai", "a", "us-east", None, 0.3)])
+    scene.budgets.restore(since, [Past("burst", "openai", "a", "us-east", 0.3)], [(None, 0.3)])
     assert scene.spent == 0.0
 
 
 def test_restore_when_tenants_have_a_past_gives_each_its_own() -> None:
     scene = Scene((Terms(scope="tenant"),), seconds=0.5)
-    rows = [
-        Past("burst", "openai", "gone", "us-east", "a" * 16, 0.75),
-        Past("burst", "openai", "gone", "us-east", None, 0.25),
-    ]
-    scene.budgets.restore(scene.budgets.windows()[0], rows)
+    since = scene.budgets.windows()[0]
+    for piece in ([("a" * 16, 0.5)], [("a" * 16, 0.25), (None, 0.25)]):
+        scene.budgets.restore(since, tenants=piece)
     assert scene.begin(tenant="a" * 16) is None
     assert scene.begin() is not None
     assert scene.begin() is None
@@ -492,7 +489,7 @@ def test_tenants_when_clients_make_them_up_leave_a_later_one_its_own_account(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Once there were 10 000, all later ones of the window shared one budget."""
-    monkeypatch.setattr(accounts, "_TENANTS", 20)
+    monkeypatch.setattr(accounts, "TENANTS", 20)
     scene = Scene((Terms(scope="tenant", per="hour"),), seconds=0.5)
     scene.end(begun(scene.begin(tenant="spent")), usd=0.6)
     across = begun(scene.begin(tenant="runs"))
@@ -513,7 +510,7 @@ def test_tenants_when_clients_make_them_up_leave_a_later_one_its_own_account(
 def test_tenants_when_more_run_than_are_remembered_are_held_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(accounts, "_TENANTS", 3)
+    monkeypatch.setattr(accounts, "TENANTS", 3)
     scene = Scene((Terms(scope="tenant", per="hour"),), seconds=0.6)
     running = [begun(scene.begin(tenant=tenant)) for tenant in "abcdef"]
     assert [scene.begin(tenant=tenant) for tenant in "abcdef"] == [None] * 6

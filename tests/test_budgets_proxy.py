@@ -608,7 +608,7 @@ async def test_restored_spend_when_it_fills_a_budget_turns_requests_away() -> No
     async with RawBackend(GOOD) as b, proxy(row(b), budgets=[budget(1.0)]) as p:
         assert (await ask(p)).status == 200
         (since,) = p.app.budgets.windows()
-        p.app.budgets.restore(since, [Past("burst", "openai", "b0", "us-east", None, 1.0)])
+        p.app.budgets.restore(since, [Past("burst", "openai", "b0", "us-east", 1.0)])
         got = await ask(p)
         assert refused(got)
         left = since + 86_400 - time.time()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -15,10 +16,13 @@ import pytest
 from beacon_proxy import remembering
 from beacon_proxy.ledger import LedgerError
 from beacon_proxy.ledger.reading import reading
+from beacon_proxy.ledger.schema import prepare
 from beacon_proxy.ledger.store import Store
+from beacon_proxy.spending.budgets import Budgets
 
 from .kit import RawBackend, RawClient, chat, eventually, json_answer, proxy
 from .kit_proxy import Proxy
+from .test_budgets import Terms
 from .test_inference_route import SAID
 from .test_ledger_schema import of_version_1
 
@@ -200,3 +204,70 @@ async def test_budget_when_the_ledger_cannot_be_read_serves_and_tells(tmp_path: 
         assert told["budgets"] == ["b"]
         assert told["error"].endswith("file is not a database")
         assert p.events("budget.restoring") == []
+
+
+ALIKE = """
+INSERT INTO attempts (ended_unix, exchange_id, attempt, tenant, backend, provider, region, pool,
+  path, stream, verdict, stage, duration_s, billed_s, usd, expected_usd)
+WITH RECURSIVE k (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM k WHERE i < ?2 - 1)
+SELECT ?1, 'e' || i, 1, 't' || (i / 2), 'b' || (i % 3), 'golem', 'us-east', 'baseline', '/v1/x', 0,
+  'good', 'done', 1.0, 1.0, 0.001 * (1 + i / 2), 0.0 FROM k"""
+
+
+class Counting(Budgets):
+    """Notes how much each step brings, and in which turn of the loop it is."""
+
+    def __init__(self) -> None:
+        places = Terms("all"), Terms("b1", "backend:b1")
+        tenants = Terms("each", "tenant"), Terms("month", "tenant", "month")
+        super().__init__([*places, *tenants], lambda *_: 0.0)
+        self.turn = 0
+        self.steps: list[tuple[float, int, int]] = []  # window, turn, sums
+
+    def restore(self, since_unix: float, places: Any = (), tenants: Any = ()) -> None:
+        self.steps.append((since_unix, self.turn, len(places) + len(tenants)))
+        super().restore(since_unix, places, tenants)
+
+
+async def test_budget_when_clients_made_up_many_tenants_takes_them_over_in_small_steps(
+    tmp_path: Path,
+) -> None:
+    """What the loop does is bounded by the tenants that are remembered, not by those there were."""
+    path, tenants, most = tmp_path / "beacon.db", 12_000, 10_000
+    with closing(sqlite3.connect(path, isolation_level=None)) as file:
+        prepare(file)
+        file.execute(ALIKE, (time.time(), 2 * tenants))
+    budgets = Counting()
+
+    async def turning() -> None:
+        while True:
+            budgets.turn += 1
+            await asyncio.sleep(0)
+
+    told: list[str] = []
+    known = remembering.Remembering(
+        str(path), budgets, unix=time.time, notify=lambda event, /, **_: told.append(event)
+    )
+    turns = asyncio.create_task(turning())
+    await known.begin()
+    await eventually(known._ended.is_set, 20)
+    turns.cancel()
+    assert "budget.forgot" not in told
+
+    windows = budgets.windows()
+    for since in windows:
+        sums = [count for window, _, count in budgets.steps if window == since]
+        assert max(sums) <= 500
+        assert most < sum(sums) <= most + 3
+    in_turns = [turn for _, turn, _ in budgets.steps]
+    assert len(set(in_turns)) == len(in_turns), "others had their turn between any two"
+
+    all_usd = sum(2 * 0.001 * (1 + n) for n in range(tenants))
+    spent = {g.labels[0][1]: g.value for g in budgets.gauges() if g.name == "budget_spent_usd"}
+    assert spent["all"] == pytest.approx(all_usd)
+    assert spent["b1"] == pytest.approx(sum(0.001 * (1 + i // 2) for i in range(1, 24_000, 3)))
+    assert spent["each"] == spent["month"] == pytest.approx(2 * 0.001 * tenants)
+    for each in budgets._budgets[2:]:
+        for n in (tenants - most, tenants - 1):
+            assert each.look(f"t{n}").spent == pytest.approx(2 * 0.001 * (1 + n))
+        assert each.look(f"t{tenants - most - 1}").spent == 0.0

@@ -196,7 +196,7 @@ async def test_killed_in_the_middle_of_200_streams_loses_one_flush_interval_at_m
             assert costs["total_usd"] == pytest.approx(spent, abs=1e-9)
             assert costs["total"]["attempts"] == len(rows)
             ((_, past),) = spent_since(path, [0.0])
-            assert sum(each.usd for each in past) == pytest.approx(spent)
+            assert sum(each.usd for each in past.places) == pytest.approx(spent)
             answer = await client.ask(chat(stream=True, headers=[("X-Request-Id", "after")]))
             assert answer.complete
             process.send_signal(signal.SIGTERM)

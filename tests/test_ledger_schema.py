@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from beacon_proxy.ledger import LedgerError, Spent, spent_since
+from beacon_proxy.ledger import LedgerError, Place, Spent, spent_since
 from beacon_proxy.ledger.reading import reading
 from beacon_proxy.ledger.reports import report
 from beacon_proxy.ledger.schema import APPLICATION_ID, STEPS, VERSION, check, prepare
@@ -188,7 +188,7 @@ def test_file_of_version_1_until_a_proxy_opened_it_says_so_and_is_left_alone(pat
 
 def test_spent_since_of_a_file_of_version_1_is_known_before_a_proxy_opened_it(path: Path) -> None:
     ((_, spent),) = spent_since(of_version_1(path), [0.0])
-    assert spent == [Spent("baseline", "golem", "b0", "us-east", None, 0.25)]
+    assert spent == Spent([Place("baseline", "golem", "b0", "us-east", 0.25)], [])
 
 
 def test_prepare_when_a_step_fails_leaves_the_file_as_it_was(file: sqlite3.Connection) -> None:
@@ -294,13 +294,28 @@ def test_spent_since_adds_up_by_where_it_went_and_who_asked(
     insert(file, ended_unix=101.0, usd=0.5, tenant="t1")
     insert(file, ended_unix=101.0, usd=1.0)
     insert(file, ended_unix=101.0, usd=2.0, backend="m", provider="modal", pool="burst")
-    ((since, spent),) = spent_since(path, [100.0])
+    ((since, spent),) = spent_since(path, [100.0], most_tenants=5)
     assert since == 100.0
-    assert sorted(spent, key=lambda each: each.usd) == [
-        Spent("baseline", "golem", "b0", "us-east", "t1", 0.75),
-        Spent("baseline", "golem", "b0", "us-east", None, 1.0),
-        Spent("burst", "modal", "m", "us-east", None, 2.0),
+    assert sorted(spent.places, key=lambda each: each.usd) == [
+        Place("baseline", "golem", "b0", "us-east", 1.75),
+        Place("burst", "modal", "m", "us-east", 2.0),
     ]
+    assert spent.tenants == [("t1", 0.75), (None, 3.0)]
+
+
+def test_spent_since_when_there_are_more_tenants_than_wanted_tells_of_those_who_spent_most(
+    path: Path, file: sqlite3.Connection
+) -> None:
+    """In each window by what they spent in all of it, wherever; the places have all tenants'."""
+    prepare(file)
+    for n in range(40):
+        insert(file, ended_unix=100.0 + n, usd=1.0 + n, tenant=f"t{n}", backend=f"b{n % 2}")
+        insert(file, ended_unix=50.0, usd=100.0 - 2.0 * n, tenant=f"t{n}")
+    late, early = spent_since(path, [100.0, 0.0], most_tenants=3)
+    assert late[1].tenants == [("t37", 38.0), ("t38", 39.0), ("t39", 40.0)]
+    assert early[1].tenants == [("t2", 99.0), ("t1", 100.0), ("t0", 101.0)]
+    assert sum(each.usd for each in late[1].places) == 820.0
+    assert sum(each.usd for each in early[1].places) == 820.0 + 2440.0
 
 
 MANY = """
@@ -323,8 +338,8 @@ def test_spent_since_of_a_large_ledger_is_the_same_for_each_window_latest_first(
     for since, spent in found:
         query = "SELECT backend, sum(usd) FROM attempts WHERE ended_unix >= ? GROUP BY backend"
         right = dict(file.execute(query, (since,)).fetchall())
-        assert {each.backend: each.usd for each in spent} == pytest.approx(right)
-    assert found[0][1] == []
+        assert {each.backend: each.usd for each in spent.places} == pytest.approx(right)
+    assert found[0][1] == Spent([], [])
 
 
 def test_spent_since_counts_no_row_that_came_later_nor_what_ended_too_late(
@@ -340,7 +355,7 @@ def test_spent_since_counts_no_row_that_came_later_nor_what_ended_too_late(
         return 200.0
 
     sums = spent_since(path, [100.0, 0.0], until_unix=until)
-    assert [(since, [each.usd for each in spent]) for since, spent in sums] == [
+    assert [(since, [each.usd for each in spent.places]) for since, spent in sums] == [
         (100.0, [2.0]),
         (0.0, [3.0]),
     ]
@@ -361,7 +376,7 @@ def test_spent_since_when_it_is_stopped_ends_in_the_middle(
 
 
 def test_spent_since_when_there_is_no_file_is_nothing_and_makes_none(path: Path) -> None:
-    assert list(spent_since(path, [0.0, 1.0])) == [(1.0, []), (0.0, [])]
+    assert list(spent_since(path, [0.0, 1.0])) == [(since, Spent([], [])) for since in (1.0, 0.0)]
     assert not path.exists()
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from .reports import BY, Report, rent_per_hour, report, seconds_of
 from .schema import LedgerError
-from .spent import Spent, spent_since
+from .spent import Place, Spent, spent_since
 from .writer import Ledger
 
 __all__ = [
     "BY",
     "Ledger",
     "LedgerError",
+    "Place",
     "Report",
     "Spent",
     "rent_per_hour",

@@ -11,7 +11,9 @@ import os
 import sqlite3
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from heapq import nlargest
 from math import inf
+from operator import itemgetter
 from typing import NamedTuple
 
 from .reading import never, reading
@@ -31,29 +33,58 @@ SELECT pool, provider, backend, region, tenant, sum(usd) FROM attempts
 WHERE id > ? AND id <= ? AND ended_unix >= ? AND ended_unix < ?
 GROUP BY backend, tenant, region, provider, pool"""  # soon told apart: a quarter less time
 
-_Who = tuple[str, str, str, str, str | None]
 
-
-class Spent(NamedTuple):
-    """The attempts of one backend for one tenant, added up."""
+class Place(NamedTuple):
+    """The attempts of one backend, added up."""
 
     pool: str
     provider: str
     backend: str
     region: str
-    tenant: str | None  # as `Exchange.tenant`
     usd: float
+
+
+class Spent(NamedTuple):
+    """All attempts, added up in two ways."""
+
+    places: list[Place]
+    tenants: list[tuple[str | None, float]]  # as `Exchange.tenant`, USD; who spent least is first
+
+
+class _Sums:
+    """USD of the attempts that were read so far."""
+
+    def __init__(self, most_tenants: int) -> None:
+        self._most_tenants = most_tenants
+        self._places: defaultdict[tuple[str, str, str, str], float] = defaultdict(float)
+        self._tenants: defaultdict[str | None, float] = defaultdict(float)
+
+    def add(self, rows: Iterable[tuple[str, str, str, str, str | None, float]]) -> None:
+        """Add what `_SPENT` found."""
+        places, tenants, each_tenant = self._places, self._tenants, self._most_tenants > 0
+        for pool, provider, backend, region, tenant, usd in rows:
+            places[pool, provider, backend, region] += usd
+            if each_tenant:
+                tenants[tenant] += usd
+
+    def spent(self) -> Spent:
+        # Clients make tenants up. To sort them all would keep Python's lock the whole time.
+        tenants = nlargest(self._most_tenants, self._tenants.items(), itemgetter(1))
+        tenants.reverse()
+        return Spent([Place(*where, usd) for where, usd in self._places.items()], tenants)
 
 
 def spent_since(
     path: str | os.PathLike[str],
     since_unix: Iterable[float],
     *,
+    most_tenants: int = 0,
     until_unix: Callable[[], float] = lambda: inf,
     stopped: Callable[[], bool] = never,
-) -> Iterator[tuple[float, list[Spent]]]:
+) -> Iterator[tuple[float, Spent]]:
     """What attempts that ended at each time (unix s) or later cost; the latest time first.
 
+    `most_tenants`: of so many tenants, those that spent most, it is told what each did.
     Only what is in the file when this begins counts, and of that what ended before `until_unix`,
     which is asked right then. Without a file nothing was spent. It blocks, for as long as
     `stopped` says nothing else: for a thread.
@@ -62,24 +93,24 @@ def spent_since(
         LedgerError: there is a file, and it cannot be read; of kind `stopped`.
     """
     times = sorted(set(since_unix), reverse=True)
-    sums: defaultdict[_Who, float] = defaultdict(float)
+    sums = _Sums(most_tenants)
     try:
         with reading(path, inf, stopped, oldest=_OLDEST) as connection:
             ((last,),) = connection.execute("SELECT max(id) FROM attempts")
             until = until_unix()
             for since in times:
                 _add(connection, sums, since, until, last or 0)
-                yield since, [Spent(*who, usd) for who, usd in sums.items()]
+                yield since, sums.spent()
                 until = since
     except LedgerError as error:
         if error.kind != "missing":
             raise
-        yield from ((since, []) for since in times)
+        yield from ((since, Spent([], [])) for since in times)
 
 
 def _add(
     connection: sqlite3.Connection,
-    sums: defaultdict[_Who, float],
+    sums: _Sums,
     since: float,
     until: float,
     last: int,
@@ -88,6 +119,5 @@ def _add(
     ((first, high),) = connection.execute(_SLICE, (since, until, last))
     while first is not None and high >= first:
         low = max(high - _CHUNK, first - 1)
-        for *who, usd in connection.execute(_SPENT, (low, high, since, until)).fetchall():
-            sums[tuple(who)] += usd
+        sums.add(connection.execute(_SPENT, (low, high, since, until)).fetchall())
         high = low

@@ -14,7 +14,7 @@ from ..contracts import Backend, Exchange
 
 HAIR = 1e-12  # USD that a sum of floats may be off by
 _LENGTHS = {"minute": 60.0, "hour": 3600.0, "day": 86_400.0}  # s
-_TENANTS = 10_000  # whose accounts are remembered, a budget; clients make them up
+TENANTS = 10_000  # whose accounts are remembered, a budget; clients make them up
 _AT_ONCE = 10  # one in so many is forgotten at once: to look for them takes milliseconds
 _SOON = 5.0  # s, to who finds no room only for what runs
 
@@ -40,7 +40,7 @@ class Terms(Protocol):
 
 
 class Past(Protocol):
-    """What was spent before this process began, summed up in any way that keeps these apart."""
+    """What was spent at one backend before this process began."""
 
     @property
     def pool(self) -> str: ...
@@ -53,9 +53,6 @@ class Past(Protocol):
 
     @property
     def region(self) -> str: ...
-
-    @property
-    def tenant(self) -> str | None: ...
 
     @property
     def usd(self) -> float: ...
@@ -162,7 +159,7 @@ class Budget:
         key = (tenant or "") if self.each_tenant else ""
         account = self._accounts.get(key)
         if account is None:
-            if len(self._accounts) >= _TENANTS:
+            if len(self._accounts) >= TENANTS:
                 self._forget()
             account = self._accounts[key] = Account()
         return account
@@ -171,7 +168,7 @@ class Budget:
         """Drop the accounts in which least was spent, but for those that hold for what runs."""
         idle = [key for key, each in self._accounts.items() if not each.running]
         idle.sort(key=lambda key: self._accounts[key].spent)
-        for key in idle[: _TENANTS // _AT_ONCE + 1]:
+        for key in idle[: TENANTS // _AT_ONCE + 1]:
             del self._accounts[key]
 
     def fullest(self) -> Account:

@@ -39,7 +39,7 @@ from ..contracts import (
     tell_nobody,
 )
 from ..errors import BudgetExceeded, Limited
-from .accounts import HAIR, Budget, Hold, Past, Terms
+from .accounts import HAIR, TENANTS, Budget, Hold, Past, Terms
 
 _LOOK_PAUSE = 1.0  # s between two looks at what runs
 _NEWS = 60.0  # s that an estimate stands without news; see rule 6
@@ -262,12 +262,31 @@ class Budgets:
         begun = {*windows}
         return [budget.name for budget in self._budgets if budget.begun in begun]
 
-    def restore(self, since_unix: float, spent: Iterable[Past]) -> None:
-        """Count what others spent since one of `windows`, beside what this process spends."""
-        unix, rows = self._unix(), list(spent)
+    @property
+    def tenants(self) -> int:
+        """Of how many tenants it is of use to know the past."""
+        return TENANTS if any(budget.each_tenant for budget in self._budgets) else 0
+
+    def restore(
+        self,
+        since_unix: float,
+        places: Iterable[Past] = (),
+        tenants: Iterable[tuple[str | None, float]] = (),
+    ) -> None:
+        """Count what others spent since one of `windows`, beside what this process spends.
+
+        `places` are for the budgets that do not go by tenants, `tenants` (and USD) for those that
+        do. Either may come in pieces; each takes time in proportion to its length.
+        """
+        unix, by_place, by_tenant = self._unix(), list(places), list(tenants)
         for budget in self._budgets:
             budget.roll(unix)
-            if budget.begun == since_unix:  # else it is over by now
-                for past in rows:
+            if budget.begun != since_unix:  # it is over by now
+                continue
+            if budget.each_tenant:
+                for tenant, usd in by_tenant:
+                    budget.account(tenant).spent += usd
+            else:
+                for past in by_place:
                     if budget.covers_past(past):
-                        budget.account(past.tenant).spent += past.usd
+                        budget.account(None).spent += past.usd
