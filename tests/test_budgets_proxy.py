@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from beacon_proxy.contracts import Typical
+from beacon_proxy.contracts import OTHER_POST, Typical
 
 from .kit import (
     CHAT,
@@ -318,6 +318,64 @@ async def test_budget_when_it_is_spent_lets_in_what_counts_no_tokens(data: bytes
         assert gauge(p, "spent_usd") == pytest.approx(0.002)
         assert [(await ask(p, data)).status for _ in range(2)] == [200, 200]
         assert gauge(p, "spent_usd") == pytest.approx(0.002)
+
+
+OTHER_PATHS = ["/v1/audio/transcriptions", "//v1/chat/completions"]
+
+
+@pytest.mark.parametrize("path", OTHER_PATHS)
+async def test_budget_when_a_path_is_not_known_holds_what_such_answers_cost(path: str) -> None:
+    """Their estimate never learnt: a hundred at once passed a budget by fifteen times."""
+    go, asked = asyncio.Event(), 0
+
+    async def script(conn: BackendConn) -> None:
+        nonlocal asked
+        async for _ in each_request(conn):
+            asked += 1
+            if asked > 1:
+                await go.wait()
+            counted = {"prompt_tokens": 200_000, "completion_tokens": 50_000}
+            await conn.send(json_bytes({"text": "x", "usage": counted}))
+
+    post = request("POST", path, [("Content-Type", "application/json")], b"{}")
+    async with (
+        RawBackend(script) as b,
+        proxy(
+            {"url": b, "price_per_million_tokens": {"input": 1, "output": 1}, "max_in_flight": 200},
+            budgets=[budget(1.0)],
+        ) as p,
+    ):
+        assert (await ask(p, post)).status == 200
+        assert gauge(p, "spent_usd") == pytest.approx(0.25)
+        all_at_once = [asyncio.create_task(ask(p, post)) for _ in range(20)]
+        await p.exchanges(1 + 17)
+        assert gauge(p, "reserved_usd") == pytest.approx(0.75)
+        go.set()
+        statuses = sorted([(await task).status for task in all_at_once])
+        assert statuses == [200] * 3 + [429] * 17
+        assert gauge(p, "spent_usd") == pytest.approx(1.0)
+        # What they took says nothing of what runs no model, nor of inference.
+        limited = [("X-Beacon-Max-Price", "0.001")]
+        listed = await ask(p, request("GET", "/v1/files", limited), "GET")
+        assert listed.status == 200
+        live = p.app.fleet.candidates()[0].live
+        assert (set(live.typical), live.usual) == ({OTHER_POST, None}, None)
+
+
+@pytest.mark.parametrize("path", OTHER_PATHS)
+async def test_limit_when_a_path_is_not_known_goes_by_what_such_answers_cost(path: str) -> None:
+    """A cheap one was refused for ever, as if each answer were the first that nobody has seen."""
+    post = request("POST", path, [("Content-Type", "application/json")], b"{}")
+    async with (
+        RawBackend(GOOD) as b,
+        proxy(row(b), limits={"max_price_per_request": HELD / 2}) as p,
+    ):
+        later = Later(p)
+        assert (await ask(p, post)).status == 429
+        later.seconds = 400.0
+        assert (await ask(p, post)).status == 200
+        later.seconds = 0.0
+        assert (await ask(p, post)).status == 200
 
 
 async def test_exchange_when_it_waits_for_a_slot_until_the_money_is_gone_is_429() -> None:

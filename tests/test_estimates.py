@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from beacon_proxy.contracts import Backend, Live, Outcome, Stage, TokenPrice, Usage, Verdict
+from beacon_proxy.contracts import (
+    OTHER_POST,
+    Backend,
+    Live,
+    Outcome,
+    Stage,
+    TokenPrice,
+    Usage,
+    Verdict,
+    canonical_model,
+)
 from beacon_proxy.spending.bill import price_of
 from beacon_proxy.spending.estimates import Estimates
 
@@ -114,6 +124,32 @@ def test_estimate_when_it_is_no_inference_and_none_was_seen_is_not_free_by_the_s
     assert estimates.usd(backend, live, None, 0.0) == pytest.approx(5.0)
     note(estimates, live, "m", 3.0)
     assert estimates.usd(backend, live, None, 0.0) == pytest.approx(3.0)
+
+
+def test_estimate_of_a_post_on_an_unknown_path_learns_from_such_alone_and_teaches_nobody_else() -> (
+    None
+):
+    """It was asked under one name and learnt under another, so it stood where it began for ever."""
+    estimates, live, backend = Estimates(), Live(), fact(token_price=PRICE)
+    assert estimates.usd(backend, live, OTHER_POST, 0.0) == pytest.approx(600e-6), "the guess"
+    note(estimates, live, "m", 1.0, Usage(10, 100), backend)
+    assert estimates.usd(backend, Live(), OTHER_POST, 0.0) == pytest.approx(210e-6), "the fleet's"
+    assert estimates.usd(backend, live, OTHER_POST, 0.0) == pytest.approx(210e-6), "any inference"
+    note(estimates, live, OTHER_POST, 8.0, None, backend)
+    assert estimates.usd(backend, live, OTHER_POST, 0.0) == pytest.approx(210e-6), "none were told"
+    note(estimates, live, OTHER_POST, 8.0, Usage(100_000, 50_000), backend)
+    assert estimates.usd(backend, live, OTHER_POST, 0.0) == pytest.approx(0.2)
+    for work in ("m", "", "new"):
+        assert estimates.usd(backend, live, work, 0.0) == pytest.approx(210e-6)
+    assert estimates.usd(backend, live, None, 0.0) == 0.0
+    seconds = fact(price_per_second=1.0)
+    assert estimates.usd(seconds, live, OTHER_POST, 0.0) == pytest.approx(8.0)
+    assert estimates.usd(seconds, live, "new", 0.0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", [OTHER_POST, "post", "Post:latest"])
+def test_name_of_other_posts_is_one_that_no_model_has(name: str) -> None:
+    assert canonical_model(name) != OTHER_POST
 
 
 def test_estimate_when_it_is_of_a_known_model_comes_near_to_what_is_paid() -> None:

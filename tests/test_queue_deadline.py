@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beacon_proxy.contracts import (
+    OTHER_POST,
     Candidate,
     Candidates,
     Exchange,
@@ -144,6 +145,8 @@ def test_needed_is_half_of_the_quickest_of_that_model_and_nothing_where_none_is_
     )
     assert needed(live, asked(1.0), 0.0) == 2.0
     assert needed(live, asked(1.0, work="other"), 0.0) == 0.0
+    live.typical[OTHER_POST] = Typical(quickest=4.0)
+    assert needed(live, asked(1.0, work=OTHER_POST), 0.0) == 0.0
     assert needed(live, asked(1.0, work=""), 0.0) == 0.0
     assert needed(live, asked(1.0, work=None), 0.0) == 0.0, "a list of models takes no GPU"
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beacon_proxy.contracts import Candidate, Live, TokenPrice, Typical, Usage
+from beacon_proxy.contracts import OTHER_POST, Candidate, Live, TokenPrice, Typical, Usage
 from beacon_proxy.spending.bill import price_of
 from beacon_proxy.spending.estimates import Estimates
 from beacon_proxy.wire.usage import told_by, told_of
@@ -159,6 +159,18 @@ def test_yardstick_is_the_average_of_what_is_known() -> None:
     ]
     found = measure([Candidate(at, live) for live in lives], "m")
     assert (found.input, found.output, found.cached, found.cache_written) == (200.0, 2.0, 25.0, 5.0)
+
+
+def test_work_of_which_no_tokens_were_told_is_not_held_to_be_free() -> None:
+    """As an answer on a path that we do not know: it goes by the inference of its backend."""
+    at = fact(token_price=TokenPrice(1.0, 1.0))
+    live = Live(
+        typical={OTHER_POST: Typical(billed=9.0)},
+        usual=Typical(billed=1.0, input=1000.0, output=500.0),
+    )
+    silent = Candidate(at, live)
+    assert yardstick([silent], OTHER_POST)(at) == pytest.approx(1500.0)
+    assert Account(500.0).parted([silent], OTHER_POST, 0.0) == ([], [silent], [])
 
 
 def test_bound_holds_cached_work_to_be_as_cheap_as_it_is() -> None:

@@ -25,7 +25,7 @@ from .backend import (
     TokenPrice,
     Typical,
 )
-from .exchange import NO_SLOT, Exchange, Outcome, Permit, Prompt, Usage
+from .exchange import NO_SLOT, OTHER_POST, Exchange, Outcome, Permit, Prompt, Usage
 from .phases import (
     Admit,
     Fleet,
@@ -74,6 +74,7 @@ from .words import (
 __all__ = [
     "CLEAN_UP",
     "NO_SLOT",
+    "OTHER_POST",
     "Admit",
     "Backend",
     "Call",

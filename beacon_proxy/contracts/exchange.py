@@ -11,6 +11,10 @@ from .words import Dialect, Fault, Headers, Stage, Verdict
 
 _T = TypeVar("_T")
 
+# The `Exchange.work` of every POST on a path that we do not know. One for all, for clients make up
+# paths; no model has it, for canonical names are in lower case.
+OTHER_POST = "POST"
+
 
 @dataclass_transform(frozen_default=True)
 def _fact(cls: type[_T]) -> type[_T]:
@@ -97,8 +101,8 @@ class Exchange:
     session: str | None = None  # what the client calls its conversation, for affinity
     prompt: Prompt | None = None  # set on the translated route alone
     # What its cost and time are compared with: inference by the canonical model, "" where that is
-    # not known, or where only the path says that it may be one; None: no inference. Set by the core
-    # after `prepare`.
+    # not known; `OTHER_POST` where a path that we do not know may run a model; None: it runs none.
+    # Set by the core after `prepare`.
     work: str | None = None
     deadline_is_ours: bool = False  # set by the proxy, not by the client
     attempts: list[Outcome] = field(default_factory=list)

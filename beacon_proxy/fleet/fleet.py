@@ -104,7 +104,7 @@ class Fleet(Roster):
             live.warmth = _WARM
             live.warmth_until = live.cold_from = now + outcome.backend.stays_warm
             live.success += _WEIGHT * (1.0 - live.success)
-            self.estimates.note(live, exchange.work if exchange.inference else None, outcome)
+            self.estimates.note(live, exchange.work, outcome)
             ttft = outcome.ttft
             if outcome.cold_start is not None:
                 # How fast it answers is another question than how long it takes to start.

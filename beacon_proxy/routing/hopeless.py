@@ -1,8 +1,8 @@
 """Which backends can no longer answer in time, so that nobody is sent there for nothing.
 
 Rule 1: never a guess. What counts is what a backend's own good answers with this very model took;
-    where none was seen, nothing is claimed. One that is known to be cold takes its start longer,
-    the quickest of those that were seen, if there were three.
+    where none was seen, or no model is known, nothing is claimed. One that is known to be cold
+    takes its start longer, the quickest of those that were seen, if there were three.
 Rule 2: only what is hopeless: half of what the quickest took (`Typical.quickest`) is not left.
 Rule 3: once in a while one is let through all the same. What is never tried is never seen to work,
     and a short answer (`max_tokens: 1`) may be quicker than any before it. Who finds no room waits
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from math import inf
 
-from ..contracts import Candidate, Candidates, Exchange, Live, Typical, Warmth
+from ..contracts import OTHER_POST, Candidate, Candidates, Exchange, Live, Typical, Warmth
 
 _PART = 0.5  # of what the quickest took
 _STARTS = 3  # seen, before they say what a start takes at least
@@ -26,7 +26,7 @@ _COLD = Warmth.COLD
 def needed(live: Live, exchange: Exchange, now: float) -> float:
     """Seconds, at `now` (monotonic s), below which an answer is not to be had; 0: not known."""
     work = exchange.work
-    typical = live.typical.get(work) if work else None
+    typical = live.typical.get(work) if work and work != OTHER_POST else None
     if typical is None:
         return 0.0
     quickest = typical.quickest

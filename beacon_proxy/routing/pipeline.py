@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from ..contracts import (
+    OTHER_POST,
     End,
     Exchange,
     Fault,
@@ -90,7 +91,7 @@ class Pipeline:
         if exchange.inference:
             exchange.work = model or ""
         elif exchange.method == "POST" and exchange.path not in RUNS_NOTHING:
-            exchange.work = ""  # it may run a model by a path that we do not know
+            exchange.work = OTHER_POST
         fleet = self._fleet
         if model is not None and not fleet.knows(model) and not await fleet.finds(model):
             raise ModelNotFound(f"no backend serves the model {exchange.model!r}")

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from ..contracts import (
     NO_SLOT,
+    OTHER_POST,
     Backend,
     Candidate,
     Candidates,
@@ -127,7 +128,9 @@ class Budgets:
     def _believed(self, candidate: Candidate, work: str | None, now: float) -> float:
         """How much of an estimate is believed, 0..1; see rule 6."""
         live = candidate.live
-        typical = live.typical.get(work) or live.usual
+        typical = live.typical.get(work)
+        if typical is None and work is not None and work != OTHER_POST:
+            typical = live.usual  # news of inference is none of what is not known to be one
         at = max(self._since, candidate.backend.joined) if typical is None else typical.at
         return float(0.5 ** (max(now - at - _NEWS, 0.0) / _HALF_LIFE))
 

@@ -1,12 +1,13 @@
 """What an attempt is expected to cost before it is made: by what this backend did so far.
 
-An attempt is known by the `work` of its exchange: an inference by the canonical model, "" where
-that is not known, and None for what is no inference (lists, pages, tunnels).
-Rule 1: the nearest past counts: of this backend and model; else of all inference on this backend;
+An attempt is known by the `work` of its exchange, and what it took is learnt under the same: an
+inference by the canonical model, "" where that is not known, `OTHER_POST` for a POST on a path that
+we do not know, and None for what runs no model (lists, pages).
+Rule 1: the nearest past counts: of this backend and work; else of all inference on this backend;
     else of all inference. What is none says nothing about it.
 Rule 2: seconds and tokens are remembered, not money: a price may change, the work does not.
 Rule 3: a cold start is no part of the work. It is added where the backend would have to start.
-Rule 4: what is no inference counts no tokens, as far as it is known.
+Rule 4: what runs no model counts no tokens, as far as it is known.
 Rule 5: clients make up models. So many of a backend's are told apart; a further one takes the place
     of that which was learnt last the longest ago.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 
-from ..contracts import Backend, Live, Outcome, Typical, Usage
+from ..contracts import OTHER_POST, Backend, Live, Outcome, Typical, Usage
 
 _WEIGHT = 0.2  # of the newest attempt in the averages: about the last ten count
 _RISE = 1.0002  # of `Typical.quickest` with each attempt that took longer: doubled after 3500
@@ -55,7 +56,14 @@ class Estimates:
         typical.quickest = quickest if quickest < duration else duration
         old = typical.billed
         typical.billed = old + _WEIGHT * (billed - old) if old else billed
-        if work is not None:
+        if work is None:
+            if outcome.backend.token_price is not None:
+                _count(typical, outcome.usage or _NO_TOKENS)
+            return
+        usage = outcome.usage if outcome.backend.token_price is not None else None
+        if usage is not None:
+            _count(typical, usage)
+        if work != OTHER_POST:
             usual = live.usual
             if usual is None:
                 usual = live.usual = Typical()
@@ -63,11 +71,8 @@ class Estimates:
             usual.at = at
             old = usual.billed
             usual.billed = old + _WEIGHT * (billed - old) if old else billed
-            if outcome.usage is not None and outcome.backend.token_price is not None:
-                _count(typical, outcome.usage)
-                _count(usual, outcome.usage)
-        elif outcome.backend.token_price is not None:
-            _count(typical, outcome.usage or _NO_TOKENS)
+            if usage is not None:
+                _count(usual, usage)
 
     def usd(self, backend: Backend, live: Live, work: str | None, now: float) -> float:
         """USD that an attempt at `backend`, made now (monotonic s), is expected to cost."""

@@ -58,7 +58,7 @@ class Account:
         # Each plan is followed at once by the admission of one of its candidates, or of none.
         self._excess = dear = {}
         for c in candidates:
-            backend, typical = c.backend, nearest(c.live, work) or guess
+            backend, typical = c.backend, nearest(c, work) or guess
             price = backend.token_price
             if price is None:
                 billed = expected_billed(c.live, typical, now)

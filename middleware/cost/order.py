@@ -142,7 +142,7 @@ def measure(candidates: Candidates, work: str | None) -> Typical:
     seconds: list[Typical] = []
     tokens: list[Typical] = []
     for c in candidates:
-        typical = nearest(c.live, work)
+        typical = nearest(c, work)
         if typical is not None:
             (seconds if c.backend.token_price is None else tokens).append(typical)
     billed = [each.billed for each in seconds or tokens if each.billed > 0.0]
@@ -156,9 +156,20 @@ def measure(candidates: Candidates, work: str | None) -> Typical:
     )
 
 
-def nearest(live: Live, work: str | None) -> Typical | None:
-    """What good attempts took on a backend: at this work, else at any inference; None: unknown."""
-    return live.typical.get(work) or live.usual
+def nearest(candidate: Candidate, work: str | None) -> Typical | None:
+    """What good attempts took on a backend: at this work, else at any inference; None: unknown.
+
+    Where tokens are billed, work of which none were ever told is unknown, and not free.
+    """
+    live = candidate.live
+    typical = live.typical.get(work)
+    if typical is None or (
+        work is not None
+        and candidate.backend.token_price is not None
+        and not (typical.input or typical.output)
+    ):
+        return live.usual
+    return typical
 
 
 def expected_billed(live: Live, typical: Typical, now: float) -> float:
