@@ -548,6 +548,22 @@ async def test_document_when_the_client_leaves_is_charged_for_what_ran(api: Api)
     assert 0.028 <= outcome.billed == outcome.usd <= outcome.duration
 
 
+async def test_count_of_tokens_when_the_client_leaves_is_charged_none() -> None:
+    script, left = silent()
+    async with (
+        RawBackend(script) as backend,
+        billing({"url": backend, **BY_TOKENS}) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        await client.send(asks("/v1/messages/count_tokens"))
+        await eventually(lambda: backend.requests)
+        client.close()
+        async with asyncio.timeout(2):
+            await left.wait()
+        await p.exchanges(1)
+    assert [(each.usage, each.usd) for each in outcomes] == [(None, 0.0)]
+
+
 async def test_document_when_the_client_leaves_inside_it_is_charged_for_what_came() -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99999\r\n\r\n"
     script, left = silent(head, b"{" + b" " * 3999)

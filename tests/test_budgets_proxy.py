@@ -378,6 +378,20 @@ async def test_limit_when_a_path_is_not_known_goes_by_what_such_answers_cost(pat
         assert (await ask(p, post)).status == 200
 
 
+async def test_estimate_of_a_model_when_its_prompts_are_counted_stays_that_of_its_answers() -> None:
+    """Anthropic's clients count before they ask: a model looked as quick as its counting."""
+    asked = b'{"model":"m"}'
+    count = request("POST", "/v1/messages/count_tokens", (), asked)
+    async with RawBackend(json_answer({"input_tokens": 9})) as b, proxy(row(b)) as p:
+        expect(p, 3.0)
+        for _ in range(20):
+            assert (await ask(p, count)).status == 200
+        (candidate,) = p.app.fleet.candidates()
+        assert candidate.live.typical["m"] == Typical(billed=3.0)
+        assert (set(candidate.live.typical), candidate.live.usual) == ({"m", None}, None)
+        assert candidate.live.typical[None].billed < 3.0
+
+
 async def test_exchange_when_it_waits_for_a_slot_until_the_money_is_gone_is_429() -> None:
     """What runs before it has cost more than was thought."""
     go = asyncio.Event()

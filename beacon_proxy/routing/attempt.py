@@ -360,7 +360,7 @@ class Attempt:
         usage: Usage | None = None
         if given is not None and made is not None:
             usage = Usage(given, made, False, cached, written)
-        elif self.sent:
+        elif self.sent and self.exchange.work is not None:
             usage = self._usage(verdict) if self.exchange.inference else self._usage_elsewhere()
         usd = price_of(self.backend, billed, usage)
         if usage is None and self._ran_uncounted:
@@ -395,7 +395,7 @@ class Attempt:
             # A backend that was left has read the prompt; what a silent failure did nobody bills.
             read = verdict is _NEUTRAL and (upload is None or upload.complete)
             return Usage(self._guess_input(), 0, estimated=True) if read else None
-        if answer.status >= 300 or exchange.path.endswith("/count_tokens"):
+        if answer.status >= 300:
             return None
         given, made, cached, written = answer.tokens()
         if given is not None and made is not None:

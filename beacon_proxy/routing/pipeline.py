@@ -88,10 +88,11 @@ class Pipeline:
         for prepare in self._chain.prepares:
             prepare(exchange)
         model = canonical_model(exchange.model) if exchange.model else None
-        if exchange.inference:
-            exchange.work = model or ""
-        elif exchange.method == "POST" and exchange.path not in RUNS_NOTHING:
-            exchange.work = OTHER_POST
+        if exchange.path not in RUNS_NOTHING:
+            if exchange.inference:
+                exchange.work = model or ""
+            elif exchange.method == "POST":
+                exchange.work = OTHER_POST
         fleet = self._fleet
         if model is not None and not fleet.knows(model) and not await fleet.finds(model):
             raise ModelNotFound(f"no backend serves the model {exchange.model!r}")

@@ -57,11 +57,13 @@ INFERENCE_ROUTES: dict[str, Route] = {
     "/api/embeddings": _OLLAMA_DOCUMENT,
 }
 
-# POST to one of these runs no model, on the servers that have it: Ollama, llama.cpp, vLLM, OpenAI.
+# POST to one of these runs no model, on the servers that have it: Ollama, llama.cpp, vLLM, OpenAI,
+# Anthropic. A count of tokens is an inference route in all else: what it says is judged as such.
 RUNS_NOTHING = frozenset(
     {
         *("/api/show", "/api/pull", "/api/push", "/api/create", "/api/copy"),
         *("/tokenize", "/detokenize", "/apply-template", "/v1/files", "/v1/uploads"),
+        "/v1/messages/count_tokens",
     }
 )
 
