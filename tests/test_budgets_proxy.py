@@ -10,13 +10,14 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from beacon_proxy.contracts import OTHER_POST, Typical
+from beacon_proxy.contracts import OTHER_POST, Outcome, Typical, Verdict
 
 from .kit import (
     CHAT,
@@ -45,7 +46,7 @@ from .kit import (
     request,
 )
 from .test_budgets import Past
-from .test_cases_upg import HANDSHAKE, switch
+from .test_cases_upg import HANDSHAKE, SWITCH, switch
 from .test_inference_route import ask as ask_inference
 from .test_inference_route import read
 
@@ -390,6 +391,36 @@ async def test_estimate_of_a_model_when_its_prompts_are_counted_stays_that_of_it
         assert candidate.live.typical["m"] == Typical(billed=3.0)
         assert (set(candidate.live.typical), candidate.live.usual) == ({"m", None}, None)
         assert candidate.live.typical[None].billed < 3.0
+
+
+async def test_limit_when_a_tunnel_was_dear_still_lets_in_what_is_not() -> None:
+    """A list of models was expected to last as long as the WebSocket before it."""
+    outcomes: list[Outcome] = []
+
+    async def script(conn: BackendConn) -> None:
+        request = await conn.request()
+        if request.header("upgrade"):
+            await conn.send(SWITCH)
+            await asyncio.sleep(0.05)
+            return  # it ends well: by the backend, once all is said
+        await conn.send(json_bytes({"data": []}))
+
+    async with (
+        RawBackend(script) as b,
+        proxy(row(b, price_per_second=100.0), outcomes=outcomes) as p,
+    ):
+        listed = request("GET", "/v1/files")
+        assert (await ask(p, listed, "GET")).status == 200
+        (candidate,) = p.app.fleet.candidates()
+        before = replace(candidate.live.typical[None])
+        async with RawClient(p.port) as client:
+            await client.send(HANDSHAKE)
+            assert (await client.response()).status == 101
+            assert await client.closed(2)
+        await p.exchanges(2)
+        assert outcomes[-1].verdict is Verdict.GOOD
+        assert outcomes[-1].usd > 4.0
+        assert candidate.live.typical == {None: before}
 
 
 async def test_exchange_when_it_waits_for_a_slot_until_the_money_is_gone_is_429() -> None:

@@ -104,7 +104,8 @@ class Fleet(Roster):
             live.warmth = _WARM
             live.warmth_until = live.cold_from = now + outcome.backend.stays_warm
             live.success += _WEIGHT * (1.0 - live.success)
-            self.estimates.note(live, exchange.work, outcome)
+            if outcome.status != 101:  # how long a tunnel lasts says nothing of requests
+                self.estimates.note(live, exchange.work, outcome)
             ttft = outcome.ttft
             if outcome.cold_start is not None:
                 # How fast it answers is another question than how long it takes to start.
