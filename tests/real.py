@@ -124,9 +124,12 @@ async def stopped(child: Child, proxy: Proxy) -> None:
     assert last["next_token"][0]["has_next_token"], "the model has come to its end"
 
 
-async def idle(child: Child, proxy: Proxy) -> None:
-    """Wait until no model works and no permit is out, however long that takes."""
-    deadline = time.monotonic() + 30.0
+async def idle(child: Child, proxy: Proxy, within: float = 6.0) -> None:
+    """Wait until the model has stopped and no permit is out, no longer than `within` s.
+
+    The 500 tokens and more that a client leaves take longer than that.
+    """
+    deadline = time.monotonic() + within
     while proxy.in_flight() or await slots_busy(child):
         assert time.monotonic() < deadline, "llama.cpp still works for a client that left"
         await asyncio.sleep(0.02)

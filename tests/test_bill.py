@@ -727,7 +727,7 @@ async def test_seconds_when_the_idle_connection_was_stale_are_paid_once() -> Non
             assert (await client.ask(chat())).status == 200
         await p.exchanges(2)
     assert [each.number for each in outcomes] == [1, 1]
-    assert 0.078 <= outcomes[1].billed <= outcomes[1].duration, "what it did before it closed, too"
+    assert 0.077 <= outcomes[1].billed <= outcomes[1].duration, "what it did before it closed, too"
 
 
 async def test_seconds_when_one_fails_and_another_answers_are_paid_at_both() -> None:
@@ -776,7 +776,7 @@ async def test_seconds_when_the_result_is_elsewhere_are_paid_until_it_has_come()
         assert (await client.ask(chat())).status == 200
         await p.exchanges(1)
     (outcome,) = outcomes
-    assert 0.038 <= outcome.billed == outcome.usd <= outcome.duration
+    assert 0.037 <= outcome.billed == outcome.usd <= outcome.duration
     assert outcome.usage == Usage(33, 5)
 
 
@@ -795,8 +795,8 @@ async def test_seconds_of_a_cold_start_are_paid_and_told_apart() -> None:
         await p.exchanges(2)
     cold, warm = outcomes
     assert cold.cold_start is not None
-    assert 0.018 <= cold.cold_start <= cold.duration
-    assert cold.cold_start <= cold.billed + 0.02
+    assert 0.037 <= cold.cold_start <= cold.duration, "two waits of 0.02 s"
+    assert 0.037 <= cold.billed <= cold.duration
     assert warm.cold_start is None
 
 

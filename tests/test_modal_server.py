@@ -179,7 +179,7 @@ async def test_server_when_it_says_retry_after_is_not_asked_sooner() -> None:
         got = await ask(p, chat())
         (done,) = await p.exchanges(1)
     assert got.status == 200
-    assert done["duration_s"] >= 1.0
+    assert done["duration_s"] >= 0.998  # a timer of the loop counts in ms
 
 
 async def test_server_when_the_client_leaves_during_a_wait_is_not_asked_again() -> None:
