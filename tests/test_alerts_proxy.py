@@ -101,7 +101,7 @@ async def test_pool_when_it_is_full_for_long_tells_the_webhook_and_when_it_is_ov
     assert began["data"]["value"] == 1.0
     assert began["data"]["key"] == ended["data"]["key"]
     since = [datetime.fromisoformat(each["since"]) for each in (began["data"], told[0])]
-    assert abs(since[0] - since[1]) < timedelta(seconds=0.5)  # two clocks, read one by one
+    assert abs(since[0] - since[1]) < timedelta(seconds=5)  # two clocks, read one by one
     assert (told[0]["rule"], told[0]["subject"]) == ("pool_utilisation", "burst")
     assert active['{rule="pool_utilisation"}'] == 1.0
     assert {value for labels, value in active.items() if "pool_util" not in labels} == {0.0}
