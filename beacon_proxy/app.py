@@ -120,7 +120,7 @@ class App:
         self._pool.keeps, self.fleet.on_left = self.fleet.keeps, self._pool.forget
         performance = Performance(telemetry.windows, telemetry.notify)
         # Last: who finds no room on a backend must not hold money for it, nor write what none took.
-        budgets = [self.budgets] if settings.budgets else []
+        budgets = [self.budgets] if self.budgets.bounded else []
         ledger = [] if self._ledger is None else [self._ledger]
         middlewares = make_middlewares(settings, self._plugins, telemetry)
         chain = Chain.of([*middlewares, performance, *budgets, *ledger])

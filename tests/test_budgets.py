@@ -689,6 +689,103 @@ def test_estimate_when_it_is_a_guess_is_believed_less_and_less_too() -> None:
     assert scene.fits(scene.exchange()) == ["a"]
 
 
+def test_estimate_when_it_had_no_news_is_still_believed_by_the_clients_own_limit() -> None:
+    """What a client says that it pays at most is no matter of whether the proxy finds out."""
+    scene = Scene((Terms(usd=0.5),), 0.5, seconds=1.0)
+    row = Candidate(fact("a", 1.0), known(1.0, at=scene.now - 1e6))
+    assert scene.budgets.part(scene.exchange(max_price=1.0), [row])[0]
+    own = scene.exchange(max_price=0.9)
+    fitting, refused = scene.budgets.part(own, [row])
+    assert fitting == []
+    assert "X-Beacon-Max-Price" not in scene.budgets.limited(scene.exchange(), refused).message
+    alone = Scene((), seconds=1.0)
+    fitting, refused = alone.budgets.part(own, [row])
+    assert fitting == []
+    assert "X-Beacon-Max-Price" in alone.budgets.limited(own, refused).message
+
+
+BY_LIMIT = pytest.mark.parametrize(
+    ("terms", "max_price"),
+    [
+        pytest.param((Terms(usd=0.5),), None, id="budget"),
+        pytest.param((Terms(usd=0.5, scope="tenant"),), None, id="of each tenant"),
+        pytest.param((), 0.5, id="limit"),
+        pytest.param((Terms(usd=0.5, scope="tenant"),), 0.5, id="both"),
+    ],
+)
+
+
+@BY_LIMIT
+def test_estimate_when_another_fits_without_is_not_tried(
+    terms: tuple[Terms, ...], max_price: float | None
+) -> None:
+    scene = Scene(terms, max_price, seconds=1.0)
+    long_ago = known(1.0, at=scene.now - 1e6)
+    dear, weak = Candidate(fact("dear", 1.0), long_ago), Candidate(fact("weak", 1.0), long_ago)
+    cheap = Candidate(fact("cheap", 0.1), Live())
+    weak.last_resort = True
+
+    def fits(*rows: Candidate) -> list[str]:
+        fitting, refused = scene.budgets.part(scene.exchange(), rows)
+        assert len(fitting) + len(refused) == len(rows)
+        return [each.backend.name for each in fitting]
+
+    assert fits(dear, cheap) == ["cheap"]
+    assert fits(dear) == ["dear"]
+    cheap.last_resort = True  # it is not well: no reason to ask it before one that is
+    assert fits(dear, cheap) == ["dear", "cheap"]
+    assert fits(dear, weak, cheap) == ["dear", "cheap"]
+    assert fits(weak, cheap) == ["cheap"]
+
+
+@BY_LIMIT
+def test_trial_of_an_estimate_is_one_at_a_time_whoever_asks(
+    terms: tuple[Terms, ...], max_price: float | None
+) -> None:
+    """A hundred at once, or one of each tenant, all went to a backend known to be too dear."""
+    scene = Scene(terms, max_price, seconds=1.0)
+    at = fact("a", 1.0)
+    live = known(1.0, at=scene.now - 1e6)
+    live.typical["m"] = live.typical["n"] = Typical(billed=1.0, at=scene.now - 1e6)
+    live.usual = live.typical["m"]
+    alive: list[Exchange] = []  # as in the proxy, as long as their permits
+
+    def ask(tenant: str, work: str | None = "m") -> Permit | None:
+        asked = scene.exchange(tenant)
+        asked.work = work
+        alive.append(asked)
+        if not scene.budgets.part(asked, [Candidate(at, live)])[0]:
+            return None
+        return scene.budgets.admit(asked, at)
+
+    def each_once() -> list[Permit]:
+        tenants = "abcdef"
+        if "all" in [each.scope for each in terms]:
+            permits = [ask("a")]
+        else:  # each work has an estimate of its own, but for those that nobody has seen yet
+            works = ("m", "n", "made-up-1", None)
+            permits = [ask(tenant, work) for tenant, work in zip(tenants, works, strict=False)]
+        assert all(ask(tenant) is None for tenant in tenants)
+        assert all(ask(tenant, "made-up-2") is None for tenant in tenants)
+        assert None not in permits
+        return [each for each in permits if each is not None]
+
+    for permit in each_once():
+        permit.release()
+        permit.release()
+    permits = each_once()
+    permits[0].release()
+    again = ask("z")
+    assert again is not None
+    permits[0].release()  # a second time: it is another's now
+    assert ask("y") is None
+    for permit in [again, *permits[1:]]:
+        permit.release()
+    assert scene.budgets._tried == set()
+    live.typical["m"].at = scene.now  # it told what it costs
+    assert ask("x") is None
+
+
 # -- for any interleaving ------------------------------------------------------------------------
 
 BACKENDS = (

@@ -536,6 +536,42 @@ async def test_limit_when_it_is_configured_holds_beside_the_header() -> None:
         assert p.events("budget.exhausted") == []
 
 
+@pytest.mark.parametrize("end", ["answered", "left", "failed", "lost"])
+async def test_limit_when_nothing_was_heard_for_long_tries_one_until_it_ends(end: str) -> None:
+    """Of a hundred at once each was the one that is let in to find out."""
+    go = asyncio.Event()
+
+    async def script(conn: BackendConn) -> None:
+        async for _ in each_request(conn):
+            await go.wait()
+            if end == "lost":
+                return
+            await conn.send(json_bytes(CHAT.document, 500 if end == "failed" else 200))
+
+    async with (
+        RawBackend(script) as b,
+        proxy(row(b), limits={"max_price_per_request": HELD / 2}) as p,
+    ):
+        for number in (1, 2, 3):
+            expect(p, 5.0)
+            p.app.fleet.candidates()[0].live.typical["m"].at = time.monotonic() - 1e6
+            go.clear()
+            async with RawClient(p.port) as client:
+                await client.send(chat())
+                await eventually(lambda n=number: len(b.requests) == n)
+                assert [(await ask(p)).status for _ in range(5)] == [429] * 5
+                if end == "left":
+                    client.close()
+                    await eventually(lambda: p.in_flight() == 0)
+                go.set()
+                if end != "left":
+                    status = (await client.response("POST")).status
+                    assert status == {"answered": 200, "failed": 500, "lost": 502}[end]
+            assert len(b.requests) == number
+            await eventually(lambda: p.in_flight() == 0)
+            assert p.app.budgets._tried == set()
+
+
 # -- what a request costs ------------------------------------------------------------------------
 
 

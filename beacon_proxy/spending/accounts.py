@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple, Protocol
 
-from ..contracts import Backend, Exchange
+from ..contracts import Backend, Exchange, Permit
 
+Estimate = tuple[str | None, ...]  # what names one: its backend, and the work if that is known
 HAIR = 1e-12  # USD that a sum of floats may be off by
 _LENGTHS = {"minute": 60.0, "hour": 3600.0, "day": 86_400.0}  # s
 TENANTS = 10_000  # whose accounts are remembered, a budget; clients make them up
@@ -219,3 +220,20 @@ class Hold:
             del self._running[self._key]
         for account in accounts:
             account.give_back(self.usd)
+
+
+class Trial:
+    """The only attempt that an estimate is tried by, until it ends; a second release changes
+    nothing."""
+
+    __slots__ = ("_estimate", "_permit", "_tried")
+
+    def __init__(self, tried: set[Estimate], estimate: Estimate, permit: Permit) -> None:
+        """`tried` are those that are being tried; `permit` is what else the attempt holds."""
+        self._tried, self._estimate, self._permit = tried, estimate, permit
+        tried.add(estimate)
+
+    def release(self) -> None:
+        tried, self._tried = self._tried, set()
+        tried.discard(self._estimate)
+        self._permit.release()

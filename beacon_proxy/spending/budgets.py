@@ -11,8 +11,10 @@ Rule 3: when it ends, what it held is given back and what it cost is spent, in o
 Rule 4: what costs nothing fits, even where all is spent.
 Rule 5: nothing that runs is cut.
 Rule 6: no estimate shuts a door for good: what is refused by it is never made, and would never
-    correct it. So it is believed less and less once it had no news for a minute: by a price limit,
-    and by a budget that is smaller than it and of which nothing is spent or held.
+    correct it. So it is believed less and less once it had no news for a minute: by the operator's
+    price limit, and by a budget that is smaller than it and of which nothing is spent or held. A
+    client's own limit means what it says. Who fits only so is a *trial*: made where nobody as well
+    fits without, and one at a time for each estimate, whoever asks.
 So `spent + held` passes a budget only by what attempts cost beyond what was held for them when the
 last one was let in: by no more than one estimate each where none costs over twice its estimate.
 """
@@ -40,7 +42,7 @@ from ..contracts import (
     tell_nobody,
 )
 from ..errors import BudgetExceeded, Limited
-from .accounts import HAIR, TENANTS, Budget, Hold, Past, Terms
+from .accounts import HAIR, TENANTS, Budget, Estimate, Hold, Past, Terms, Trial
 
 _LOOK_PAUSE = 1.0  # s between two looks at what runs
 _NEWS = 60.0  # s that an estimate stands without news; see rule 6
@@ -87,43 +89,72 @@ class Budgets:
         self.bounded = bool(self._budgets) or max_price is not None
         self._running: dict[int, Hold] = {}  # by the id() of the exchange
         self._planned: dict[str, float] = {}  # USD by backend, of the last plan
+        self._trials: dict[str, Estimate] = {}  # by backend, of the last plan; see rule 6
+        self._tried: set[Estimate] = set()  # by a trial that runs
 
     # -- before an attempt -----------------------------------------------------------------------
 
     def part(
         self, exchange: Exchange, candidates: Candidates
     ) -> tuple[list[Candidate], list[Refused]]:
-        """Tell those that fit into every limit from those that do not; either in its order."""
+        """Tell those that fit into every limit, in their order, from those that do not."""
         work, now = exchange.work, self._clock()
-        most, rooms = self._most(exchange), self._rooms(exchange, now)
-        least = min([most, *(room for _, room in rooms)])
+        own = self._left(exchange.max_price, exchange)
+        limit = self._left(self._max_price, exchange)
+        rooms = self._rooms(exchange, now)
+        least = min([own, limit, *(room for _, room in rooms)])
         expected = self._expected
         planned = self._planned = {}
+        self._trials = {}
         fitting: list[Candidate] = []
         refused: list[Refused] = []
+        faded: dict[str, Refused] = {}  # those that fit only by an estimate that is not believed
         for candidate in candidates:
             backend = candidate.backend
             usd = planned[backend.name] = expected(backend, candidate.live, work, now)
             if usd <= least:
                 fitting.append(candidate)
                 continue
+            short = [b for b, room in rooms if usd > room and b.covers(backend)]
+            if usd <= own and usd <= limit and not short:
+                fitting.append(candidate)
+                continue
             believed = usd * self._believed(candidate, work, now)
-            full = tuple(
-                [
-                    b
-                    for b, room in rooms
-                    if usd > room
-                    and b.covers(backend)
-                    and not (believed <= b.usd and b.is_untouched(exchange.tenant))
-                ]
-            )
-            if believed > most:
+            tenant = exchange.tenant
+            full = [b for b in short if believed > b.usd or not b.is_untouched(tenant)]
+            if usd > own or believed > limit:
                 refused.append(Refused(candidate, usd, ()))
             elif full:
-                refused.append(Refused(candidate, usd, full))
+                refused.append(Refused(candidate, usd, tuple(full)))
             else:
                 fitting.append(candidate)
+                faded[backend.name] = Refused(candidate, usd, tuple(short))
+        if faded:
+            fitting = self._with_trials(fitting, faded, refused, work)
         return fitting, refused
+
+    def _with_trials(
+        self,
+        fitting: list[Candidate],
+        faded: dict[str, Refused],
+        refused: list[Refused],
+        work: str | None,
+    ) -> list[Candidate]:
+        """Those of `fitting` that are sure, and who of the `faded` may be tried; see rule 6.
+
+        The others are added to `refused`.
+        """
+        sure = [c for c in fitting if c.backend.name not in faded]
+        for name, each in faded.items():
+            candidate = each.candidate
+            # Clients make up models: what is new there is expected to be as any is, once for all.
+            estimate = (name, work) if work in candidate.live.typical else (name,)
+            needless = any(candidate.last_resort or not c.last_resort for c in sure)
+            if needless or estimate in self._tried:
+                refused.append(each)
+            else:
+                self._trials[name] = estimate
+        return [c for c in fitting if c.backend.name not in faded or c.backend.name in self._trials]
 
     def _believed(self, candidate: Candidate, work: str | None, now: float) -> float:
         """How much of an estimate is believed, 0..1; see rule 6."""
@@ -134,12 +165,11 @@ class Budgets:
         at = max(self._since, candidate.backend.joined) if typical is None else typical.at
         return float(0.5 ** (max(now - at - _NEWS, 0.0) / _HALF_LIFE))
 
-    def _most(self, exchange: Exchange) -> float:
-        """USD that the next attempt of an exchange may cost."""
-        limits = [each for each in (exchange.max_price, self._max_price) if each is not None]
-        if not limits:
+    def _left(self, limit: float | None, exchange: Exchange) -> float:
+        """USD that the next attempt of an exchange may cost by such a limit of a request."""
+        if limit is None:
             return inf
-        return max(min(limits) - sum([each.usd for each in exchange.attempts]), 0.0) + HAIR
+        return max(limit - sum([each.usd for each in exchange.attempts]), 0.0) + HAIR
 
     def _rooms(self, exchange: Exchange, now: float) -> list[tuple[Budget, float]]:
         """USD that each budget has left for the next attempt of an exchange."""
@@ -212,6 +242,10 @@ class Budgets:
 
     def admit(self, exchange: Exchange, backend: Backend) -> Permit:
         """Hold the estimate; the plan has seen that there is room, in this same step."""
+        permit, estimate = self._hold(exchange, backend), self._trials.get(backend.name)
+        return permit if estimate is None else Trial(self._tried, estimate, permit)
+
+    def _hold(self, exchange: Exchange, backend: Backend) -> Permit:
         usd, price = self._planned[backend.name], backend.price_per_second
         covering = [budget for budget in self._budgets if budget.covers(backend)]
         if not covering or not (usd or price):
