@@ -333,6 +333,52 @@ async def test_hdr_47_routing_hints_are_removed(name, value):
     assert received.header("x-kept") == [b"1"]
 
 
+NUMBERS = "X-Beacon-Max-Price", "X-Beacon-Timeout"
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("1_000", "+1", "-0", "-1", "0x1", "1,2", "1 2", "1e", "e1", ".", "", "nan", "1e309"),
+        pytest.param(b"\xef\xbc\x91", id="wide"),
+        pytest.param("1" * 7_000 + "x", id="long"),
+    ],
+)
+async def test_hdr_47b_hint_that_is_no_decimal_number_gives_400(name, value):
+    seen = await through(request("GET", "/x", [(name, value)]))
+    assert (seen.answer.status, seen.requests) == (400, [])
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["20", "20.0", "20.", ".5e2", "5e+01", "0.2E3", "020", "9" * 300])
+async def test_hdr_47c_hint_in_any_spelling_of_a_decimal_number_is_read(name, value):
+    assert (await through(request("GET", "/x", [(name, value)]))).answer.status == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other", "status"),
+    [
+        ("X-Beacon-Max-Price", "1", "0", 429),
+        ("X-Beacon-Max-Price", "1", "nonsense", 400),
+        ("X-Beacon-Timeout", "20", "0.000001", 504),
+        ("X-Beacon-Timeout", "20", "0", 400),
+        ("X-Beacon-Region-Mode", "prefer", "require", 400),
+        ("X-Beacon-Region", "us-east", "eu-west", 400),
+        ("X-Beacon-Cost-Priority", "true", "false", 400),
+        ("X-Beacon-Region-Mode", "prefer", "Prefer", 200),
+        ("X-Beacon-Cost-Priority", "true", "true", 200),
+    ],
+)
+async def test_hdr_47d_hint_that_comes_twice_never_takes_a_limit_away(name, one, other, status):
+    """A gateway may add its own field in front of the client's, or behind it."""
+    for lines in ([(name, one), (name, other)], [(name, other), (name.lower(), one)]):
+        async with RawBackend(answer(OK)) as backend:
+            row = {"url": backend, "price_per_second": 0.01}
+            async with proxy(row) as p, RawClient(p.port) as client:
+                assert (await client.ask(request("GET", "/x", lines))).status == status
+
+
 async def test_hdr_48_answer_says_where_it_came_from_once_each():
     raw = (
         b"HTTP/1.1 200 OK\r\nX-Beacon-Backend: fake\r\nX-Beacon-Attempts: 99\r\n"

@@ -22,6 +22,8 @@ LONGEST = 86_400.0  # s; a longer deadline is none
 
 _BAD_TARGET = re.compile(rb"[\x00-\x20\x7f#]")
 _ABSOLUTE = re.compile(rb"https?://(?:[^/?#@]*@)?([^/?#]*)", re.IGNORECASE)
+# As JSON and any printf spell it; Python itself would also take `1_000`, `+1` and `-0`.
+_NUMBER = re.compile(rb"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _SESSION_FIELDS = (b"modal-session-id", b"x-session-id")
 _SESSION_LENGTHS = frozenset(map(len, _SESSION_FIELDS))
 _SESSIONS = ("prompt_cache_key", "session_id", "user")
@@ -71,33 +73,43 @@ def route_of(method: str, path: str) -> Route | None:
 def read_hints(exchange: Exchange, head: RequestHead) -> None:
     """Take the `X-Beacon-*` request headers into the exchange.
 
+    Who stands before the proxy may add its own limit to the client's: the lowest holds.
+
     Raises:
-        BadRequest: a hint that cannot be read; to guess would spoil somebody's data.
+        BadRequest: a hint that cannot be read, or says two things; to guess would spoil somebody's
+            data.
     """
     hints = head.hints
-    if region := hints.get(b"region", b"").strip():
+    if (regions := hints.get(b"region")) and (region := _one(regions, "X-Beacon-Region")):
         exchange.region = canonical_region(region.decode("latin-1"))
-    if (mode := hints.get(b"region-mode")) is not None:
-        exchange.region_mode = mode.strip().lower().decode("latin-1")
+    if modes := hints.get(b"region-mode"):
+        exchange.region_mode = _one(modes, "X-Beacon-Region-Mode").decode("latin-1")
         if exchange.region_mode not in ("prefer", "require"):
             raise BadRequest("X-Beacon-Region-Mode must be prefer or require")
-    if (priority := hints.get(b"cost-priority")) is not None:
-        exchange.cost_priority = _BOOLS.get(priority.strip().lower())
+    if priorities := hints.get(b"cost-priority"):
+        exchange.cost_priority = _BOOLS.get(_one(priorities, "X-Beacon-Cost-Priority"))
         if exchange.cost_priority is None:
             raise BadRequest("X-Beacon-Cost-Priority must be true or false")
-    if (timeout := hints.get(b"timeout")) is not None:
-        seconds = min(_number(timeout, "X-Beacon-Timeout"), LONGEST)
-        exchange.deadline = exchange.started + seconds
-    if (price := hints.get(b"max-price")) is not None:
-        exchange.max_price = _number(price, "X-Beacon-Max-Price", zero=True)
+    if timeouts := hints.get(b"timeout"):
+        seconds = min([_number(each, "X-Beacon-Timeout") for each in timeouts])
+        exchange.deadline = exchange.started + min(seconds, LONGEST)
+    if prices := hints.get(b"max-price"):
+        numbers = [_number(each, "X-Beacon-Max-Price", zero=True) for each in prices]
+        exchange.max_price = min(numbers)
+
+
+def _one(values: list[bytes], name: str) -> bytes:
+    """What all fields of a name say, in lower case."""
+    said = {value.strip().lower() for value in values}
+    if len(said) > 1:
+        raise BadRequest(f"{name} comes twice, and says different things")
+    return said.pop()
 
 
 def _number(value: bytes, name: str, *, zero: bool = False) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = inf
-    if not isfinite(number) or number < 0 or (number == 0 and not zero):
+    text = value.strip(b" \t")
+    number = float(text) if _NUMBER.fullmatch(text) else inf
+    if not isfinite(number) or (number == 0 and not zero):
         raise BadRequest(f"{name} must be a number {'of at least' if zero else 'above'} 0")
     return number
 

@@ -92,7 +92,7 @@ class RequestHead:
         headers: every field, less those that `Connection` names.
         parts: of the lines that pass to any backend, to be joined; of a head read anew.
         rebuilt: name to value of what is answered here or made anew; repeats joined.
-        hints: x-beacon-* without the prefix.
+        hints: x-beacon-* without the prefix, each with the values of all its fields.
         forwarded: what `forwarded_lines` made of it, kept by who called it.
         length: Content-Length.
         upgrade: `websocket`, where the client asked for it.
@@ -120,7 +120,7 @@ class RequestHead:
         headers: Headers,
         parts: list[bytes],
         rebuilt: dict[bytes, bytes],
-        hints: dict[bytes, bytes],
+        hints: dict[bytes, list[bytes]],
     ) -> None:
         self.headers = headers
         self.parts = parts
@@ -255,7 +255,7 @@ def read_request_head(headers: Headers, http11: bool) -> RequestHead:
             elif lower == b"upgrade":
                 head.upgrade = value.lower()
         elif kind == _HINT:
-            head.hints[name[9:].lower()] = value
+            head.hints.setdefault(name[9:].lower(), []).append(value)
         else:
             raise BadRequest("ambiguous framing header")
     if head.chunked and head.length is not None:
