@@ -682,9 +682,10 @@ async def test_subscribe_when_enough_listen_is_refused_until_one_leaves() -> Non
 
 def test_metrics_count_exchanges_and_attempts() -> None:
     teller = Teller()
-    teller.end(exchange(), outcome(**REFUSED), outcome(backend("modal-1", "modal", 0.0003), 2))
+    modal = outcome(backend("modal-1", "modal", 0.0003), 2, expected_usd=0.001)
+    teller.end(exchange(), outcome(**REFUSED, expected_usd=0.25), modal)
     teller.end(exchange(), end=End.ERROR, status=503, reason="overloaded", queued=10.0)
-    teller.end(exchange(), outcome(), end=End.CLIENT_CLOSED)
+    teller.end(exchange(), outcome(expected_usd=0.5), end=End.CLIENT_CLOSED)
     teller.telemetry.queue_depth(7)
     teller.telemetry.notify("backend.ejected", backend="golem-1", seconds=30.0)
     samples = teller.samples()
@@ -698,6 +699,8 @@ def test_metrics_count_exchanges_and_attempts() -> None:
     assert samples["beacon_tokens_total", ("modal-1", "in")] == 12
     assert samples["beacon_tokens_total", ("golem-1", "out")] == 30
     assert samples["beacon_cost_usd_total", ("modal-1",)] == pytest.approx(0.0006)
+    assert samples["beacon_expected_cost_usd_total", ("modal-1",)] == 0.001
+    assert samples["beacon_expected_cost_usd_total", ("golem-1",)] == 0.75
     assert samples["beacon_ejections_total", ("golem-1",)] == 1
     assert samples["beacon_queue_depth", ()] == 7
     assert samples["beacon_queue_wait_seconds_count", ()] == 1

@@ -81,17 +81,17 @@ class Tally:
 
     Attributes:
         attempts: counts by stage and fault.
-        tokens_in, tokens_out, usd: sums.
+        tokens_in, tokens_out, usd, expected_usd: sums.
         starts: cold ones; None before the first.
     """
 
-    __slots__ = ("attempts", "starts", "tokens_in", "tokens_out", "ttft", "usd")
+    __slots__ = ("attempts", "expected_usd", "starts", "tokens_in", "tokens_out", "ttft", "usd")
 
     def __init__(self) -> None:
         self.attempts: dict[tuple[Stage, Fault | None], int] = {}
         self.ttft = Histogram(_SECONDS)
         self.starts: Histogram | None = None
-        self.usd = 0.0
+        self.usd = self.expected_usd = 0.0
         self.tokens_in = self.tokens_out = 0
 
 
@@ -128,6 +128,7 @@ class Metrics(Collector):
         except KeyError:
             tally.attempts[how] = 1
         tally.usd += outcome.usd
+        tally.expected_usd += outcome.expected_usd
         ttft, usage = outcome.ttft, outcome.usage
         if ttft is not None:
             seen = tally.ttft
@@ -251,6 +252,11 @@ class Metrics(Collector):
         usd = CounterMetricFamily(
             "beacon_cost_usd", "Spend, as the attempts that ended were billed.", labels=("backend",)
         )
+        expected = CounterMetricFamily(
+            "beacon_expected_cost_usd",
+            "What was expected of these attempts before they were made.",
+            labels=("backend",),
+        )
         for name, tally in self._backends.items():
             for (stage, fault), count in tally.attempts.items():
                 told = "none" if fault is None else fault._value_
@@ -261,12 +267,13 @@ class Metrics(Collector):
             tokens.add_metric((name, "in"), tally.tokens_in)
             tokens.add_metric((name, "out"), tally.tokens_out)
             usd.add_metric((name,), tally.usd)
+            expected.add_metric((name,), tally.expected_usd)
         ejections = CounterMetricFamily(
             "beacon_ejections", "Times a backend was set aside.", labels=("backend",)
         )
         for name, count in self.ejections.items():
             ejections.add_metric((name,), count)
-        yield from (attempts, ttft, starts, tokens, usd, ejections)
+        yield from (attempts, ttft, starts, tokens, usd, expected, ejections)
 
     def _of_fleet(self) -> Iterator[Metric]:
         info = InfoMetricFamily(
