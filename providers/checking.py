@@ -32,6 +32,12 @@ def own_key(backend: Backend) -> Headers:
     return ((b"Authorization", b"Bearer " + key), (b"X-Api-Key", key))
 
 
+def _has_own_key(backend: Backend) -> bool:
+    """Whether the key that a backend is shown is the operator's, be it one of its `headers`."""
+    return bool(backend.api_key) or any(name.lower() in _KEYS for name, _ in backend.headers)
+
+
+_KEYS = (b"authorization", b"x-api-key", b"api-key")
 LOOK = 4096  # bytes of an error answer that are looked at
 _BUSY = (b"currently busy", b"server busy", b"no slot available", b"overloaded")
 
@@ -43,7 +49,7 @@ def judge_server(backend: Backend, status: int, body: bytes) -> Fault | None:
     currently busy"), Ollama ("server busy") and TGI ("Model is overloaded"); 529 is Anthropic's.
     """
     if status in (401, 403):
-        return Fault.UNAUTHORIZED if backend.api_key else None
+        return Fault.UNAUTHORIZED if _has_own_key(backend) else None
     if status in (429, 529):
         return Fault.BUSY
     if status == 503:
@@ -168,8 +174,8 @@ async def _ask(backend: Backend, session: aiohttp.ClientSession, path: str) -> A
 def _without_models(backend: Backend, answer: Answer, latency: float) -> Check:
     status = answer.status
     if status in (401, 403):
-        if backend.api_key:
-            detail = f"alive, but refuses the configured api_key ({status})"
+        if _has_own_key(backend):
+            detail = f"alive, but refuses the configured key ({status})"
             return Check(Verdict.NEUTRAL, latency, fault=Fault.UNAUTHORIZED, detail=detail)
         return Check(Verdict.GOOD, latency, detail=f"alive; lists its models for a key ({status})")
     fault = judge_server(backend, status, answer.body)

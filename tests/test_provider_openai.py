@@ -292,7 +292,7 @@ MODELS, GET_MODELS, GET_PS = "/v1/models", "GET /v1/models", "GET /api/ps"
             Check(
                 Verdict.NEUTRAL,
                 fault=Fault.UNAUTHORIZED,
-                detail="alive, but refuses the configured api_key (401)",
+                detail="alive, but refuses the configured key (401)",
             ),
             id="4.2 llama.cpp refuses our key",
         ),
