@@ -669,6 +669,20 @@ def test_gauges_when_nothing_is_owed_show_a_zero_without_a_sign() -> None:
     ]
 
 
+@pytest.mark.parametrize("verdict", [Verdict.BUSY, Verdict.STRIKE])
+def test_gauges_when_a_pool_was_asked_and_never_served_show_its_share(verdict: Verdict) -> None:
+    """Its quota is used up: a fleet of one pool has no share that could be off, this one has."""
+    cost = Cost()
+    for _ in range(200):
+        cost.observe(exchange(), outcome(GOLEM, duration=1.0))
+    assert ("blend_share", "baseline") not in shown(cost)
+    cost.observe(exchange(False), outcome(MODAL, verdict, duration=0.0))
+    assert ("blend_share", "baseline") not in shown(cost), "the blend had no part in that"
+    cost.observe(exchange(), outcome(MODAL, verdict, duration=0.0))
+    assert shown(cost)["blend_share", "baseline"] == 1.0
+    assert shown(cost)["blend_share", "burst"] == 0.0
+
+
 def test_gauges_when_few_were_decided_show_no_share_and_how_many_there_were() -> None:
     scene = Scene(GOLEM, MODAL)
     scene.serve(99)

@@ -111,6 +111,7 @@ class Cost:
         if exchange.cost_priority is not None or backend.pool not in self._pools:
             return
         if not outcome.committed and outcome.verdict not in _SERVED:
+            self._pools[backend.pool].asked = True
             return  # it served nobody
         by = self.blend.by
         amount = 1.0 if by == "requests" else seconds if by == "seconds" else usd

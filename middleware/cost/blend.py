@@ -84,6 +84,7 @@ class Pool:
     step: float  # what the standing moves by for each unit that this pool serves
     mean: float  # amount of an exchange
     proven: bool = False  # it has served, so the mean is its own
+    asked: bool = False  # it was there to serve, be it that it never did
     served: float = 0.0  # amounts, since the start
     begun: float = 0.0  # what `served` was as the last block began
     before: float = 0.0  # as the one before it began
@@ -166,9 +167,10 @@ class Ledger:
         yield Gauge("blend_decided", "Exchanges that the blend decided.", self.decided, counts=True)
         recent = {name: pool.served - pool.before for name, pool in self.pools.items()}
         of_all = sum(recent.values())
-        # A fleet with one pool has nothing to split, and no share that could be off.
-        split = self._baseline.proven and self._burst.proven and of_all > 0.0
-        split = split and self.decided >= _SAYING
+        # A fleet with one pool has nothing to split, and no share that could be off. But one that
+        # has another, which pushes back whatever it is asked, has.
+        split = all(pool.proven or pool.asked for pool in self.pools.values())
+        split = split and of_all > 0.0 and self.decided >= _SAYING
         for name, pool in self.pools.items():
             labels = (("pool", name),)
             if split:
