@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from beacon_proxy.alerts import view
+from beacon_proxy.config.alerts import Alerts
 from beacon_proxy.contracts import Gauge
 
 from .kit import (
@@ -153,6 +155,65 @@ async def test_provider_when_its_only_backend_dies_is_down_without_any_webhook()
     assert active['{rule="provider_down"}'] == 1.0
 
 
+QUOTA = {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}
+LISTED = {"object": "list", "data": [{"id": "m", "object": "model"}]}
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("alone", [True, False])
+async def test_provider_when_it_pushes_back_whatever_it_is_asked_is_told(
+    status: int, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator's quota that is used up: its models are listed, and no request is answered."""
+    monkeypatch.setattr(view, "RECENT", 0.0)
+
+    async def refuse(conn: BackendConn) -> None:
+        async for asked in each_request(conn):
+            listing = asked.method == "GET"
+            await conn.send(json_bytes(LISTED) if listing else json_bytes(QUOTA, status))
+
+    rules = alerts(provider_refuses={"for": 0.05}, provider_down={"for": 0})
+    async with RawBackend(refuse) as backend, RawBackend(json_answer(DOCUMENT)) as other:
+        rows: list[Any] = [{"url": backend.url, "api_key": "sk-ours"}]
+        if not alone:
+            golem = {"provider": "golem", "kind": "openai", "pool": "baseline"}
+            rows.append({"url": other.url, **golem})
+        async with proxy(*rows, alerts=rules) as p, RawClient(p.port) as client:
+
+            async def asked() -> bool:
+                got = (await client.ask(chat())).status
+                assert got == (status if alone else 200)
+                return bool(p.events("alert.began"))
+
+            for _ in range(1500):
+                if await asked():
+                    break
+                await asyncio.sleep(0.02)
+            (logged,) = p.events("alert.began")
+            shown = (await client.ask(request("GET", "/regions"))).json["regions"]["us-east"]
+            listed = await metric(p, "beacon_region_busy")
+    assert (logged["rule"], logged["subject"]) == ("provider_refuses", "openai/us-east")
+    assert logged["level"] == "error", "critical"
+    sums = shown["providers"]["openai"]["5"]
+    assert sums["busy"] == sums["attempts"] >= 1
+    assert (sums["good"], sums["strikes"], sums["success_rate"]) == (0, 0, None)
+    assert listed['{provider="openai",region="us-east",window="5m"}'] >= 1
+
+
+@pytest.mark.parametrize("key", [{"api_key": "sk"}, {"headers": {"Authorization": "Bearer sk"}}])
+async def test_provider_when_it_refuses_the_operators_key_is_down(key: dict[str, Any]) -> None:
+    """Be the key an `api_key` or a header of its row: no client could have done better."""
+    async with RawBackend(answer(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")) as backend:
+        row = {"url": backend.url, **key}
+        down = alerts(provider_down={"for": 0})
+        async with proxy(row, alerts=down) as p, RawClient(p.port) as client:
+            for _ in range(6):
+                await client.ask(chat())
+            await eventually(lambda: p.events("alert.began"))
+    assert p.events("alert.began")[0]["rule"] == "provider_down"
+    assert p.events("backend.ejected")[0]["fault"] == "unauthorized"
+
+
 @pytest.mark.usefixtures("mid_window")
 async def test_budgets_when_they_refuse_by_design_wake_nobody() -> None:
     """One of nothing holds for rented nodes; one of a tenant is that tenant's trouble."""
@@ -226,8 +287,7 @@ async def test_alert_when_it_begins_as_the_proxy_stops_still_goes_out() -> None:
 
 
 async def test_rules_when_all_are_off_the_proxy_has_no_task_for_them() -> None:
-    names = "pool_utilisation provider_down success_rate ttft_p95 budget blend_off_target ledger"
-    off = dict.fromkeys([*names.split(), "queue", "discovery", "log_lines_lost"], False)
+    off = dict.fromkeys(type(Alerts().rules).model_fields, False)
     async with RawBackend(answer(OK)) as backend, proxy(backend, alerts=alerts(**off)) as p:
         assert "alerts" not in {task.get_name() for task in asyncio.all_tasks()}
         assert await metric(p, "beacon_alert_active") == {}

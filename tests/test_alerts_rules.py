@@ -367,6 +367,88 @@ def test_provider_down_when_its_backend_only_starts_says_nothing() -> None:
     assert scene.look(60) == ["+provider_down/golem/critical"], "it was believed long enough"
 
 
+def refusing(**rule: Any) -> Scene:
+    return Scene({"provider_refuses": {"for": 60, **rule}}, [row("a", region="eu-west")])
+
+
+def minutes(scene: Scene, count: int, busy: int, **fields: Any) -> list[str]:
+    """So many attempts a minute that are pushed back."""
+    told = []
+    for _ in range(count):
+        scene.attempts(busy, verdict=Verdict.BUSY, **fields)
+        told += scene.look(60)
+    return told
+
+
+def test_provider_refuses_when_it_only_pushes_back_is_critical_until_it_answers() -> None:
+    """A quota that is used up, a dead engine behind a live /v1/models: no strike, and no answer."""
+    scene = refusing()
+    scene.attempts(50)
+    assert scene.look(60) == []
+    assert minutes(scene, 5, 20) == [], "it answered well in the last 5 minutes"
+    assert minutes(scene, 3, 20) == ["+provider_refuses/golem/eu-west/critical"]
+    assert scene.sent[0].says == (
+        "golem in eu-west: none of 100 attempts in 5 minutes was good, 100 were pushed back"
+        " (429, 503)"
+    )
+    scene.attempts(1)
+    assert scene.look(90) == ["-provider_refuses/golem/eu-west/critical"]
+    assert scene.sent[1].says == "golem in eu-west: 1 attempts in 5 minutes were good"
+
+
+def test_provider_refuses_when_it_is_at_its_limit_and_answers_says_nothing() -> None:
+    scene = refusing()
+    for _ in range(30):
+        scene.attempts(1)
+        assert minutes(scene, 1, 200) == []
+
+
+def test_provider_refuses_when_few_were_pushed_back_waits_for_more_or_for_a_long_rest() -> None:
+    """Who asks for minutes of rest is hardly asked: that none may be asked says as much."""
+    scene = refusing()
+    scene.attempts(4, verdict=Verdict.BUSY)
+    assert scene.look(300) == []
+    assert minutes(scene, 4, 1, status=503) == []
+    assert minutes(scene, 3, 1) == ["+provider_refuses/golem/eu-west/critical"]
+    scene = refusing()
+    scene.attempts(1, verdict=Verdict.BUSY)
+    scene.rows[0].live.resting_until = scene.now + 300
+    assert scene.look(120) == ["+provider_refuses/golem/eu-west/critical"]
+    scene.rows[0].live.resting_until = 0.0
+    assert scene.look(120) == ["-provider_refuses/golem/eu-west/critical"], "it may be asked"
+
+
+def test_provider_refuses_when_it_fails_without_a_push_back_leaves_it_to_the_others() -> None:
+    scene = refusing()
+    for verdict in (Verdict.STRIKE, Verdict.CALLER, Verdict.NEUTRAL):
+        scene.attempts(50, verdict=verdict)
+    assert scene.look(120) == []
+    scene.attempts(1, verdict=Verdict.BUSY)
+    assert scene.look(120) == ["+provider_refuses/golem/eu-west/critical"]
+    assert "none of 51 attempts" in scene.sent[0].says, "strikes and push-backs"
+
+
+def test_provider_refuses_when_it_starts_is_believed_for_as_long_as_a_start_takes() -> None:
+    scene = refusing()
+    live = scene.rows[0].live
+    told = []
+    for _ in range(10):
+        live.learn_warmth(Warmth.WARMING, scene.now + 600)
+        told += minutes(scene, 1, 20)
+    assert told == []
+    live.learn_warmth(Warmth.WARMING, scene.now + 600)
+    assert minutes(scene, 3, 20) == ["+provider_refuses/golem/eu-west/critical"]
+
+
+def test_provider_refuses_when_nobody_asks_any_more_or_it_left_ends() -> None:
+    for leaves in (False, True):
+        scene = refusing()
+        assert minutes(scene, 2, 20) == ["+provider_refuses/golem/eu-west/critical"]
+        if leaves:
+            scene.rows.clear()
+        assert scene.look(120 if leaves else 600) == ["-provider_refuses/golem/eu-west/critical"]
+
+
 def test_success_rate_when_few_attempts_say_so_says_nothing() -> None:
     scene = Scene({"success_rate": {"for": 0, "clear_for": 0}})
     scene.attempts(19, verdict=Verdict.STRIKE)
@@ -569,6 +651,16 @@ def test_blend_when_it_decides_no_more_ends() -> None:
     assert [message.type for message in scene.sent] == ["alert.began", "alert.ended"]
 
 
+def test_blend_when_a_pool_never_serves_begins() -> None:
+    """One pushes back whatever it is asked from the start on, so the other carries all."""
+    scene = Blended({"blend_off_target": True})
+    assert minutes_of(scene, 10, 1.0) == [], "one pool alone has nothing to split"
+    refused = Outcome(scene.pools["burst"], 1, Verdict.BUSY, Stage.DONE, sent=True)
+    scene.cost.observe(Exchange("1", "POST", b"/", "/", (), scene.now), refused)
+    assert minutes_of(scene, 6, 1.0) == ["+blend_off_target/blend/warning"]
+    assert scene.sent[0].says.startswith("pool burst has 0 % of the traffic, 30 % is its target")
+
+
 def minutes_of(scene: Blended, minutes: int, baseline: float | None = None) -> list[str]:
     """A request a second, as the blend decides or with that share to baseline."""
     told = []
@@ -641,7 +733,7 @@ def test_rules_when_nothing_is_known_say_nothing() -> None:
     scene = Scene(dict.fromkeys(type(Alerts().rules).model_fields, True))
     assert scene.look(7200) == []
     assert set(scene.active().values()) == {0}
-    assert len(scene.active()) == 10
+    assert len(scene.active()) == 11
 
 
 def test_rules_when_all_are_off_show_nothing() -> None:

@@ -108,7 +108,7 @@ def test_sums_when_nothing_was_attempted_are_null_or_a_true_zero() -> None:
     found = sums(Totals())
     zero = {name for name, value in found.items() if value == 0}
     assert zero == {
-        *("attempts", "good", "strikes", "seconds", "billed_seconds", "usd"),
+        *("attempts", "good", "strikes", "busy", "seconds", "billed_seconds", "usd"),
         *("tokens_in", "tokens_out", "cold_starts"),
     }
     assert {value for name, value in found.items() if name not in zero} == {None}
@@ -124,6 +124,7 @@ def test_sums_of_attempts_show_each_number_once() -> None:
         "attempts": 3,
         "good": 2,
         "strikes": 1,
+        "busy": 0,
         "success_rate": 0.6667,
         "seconds": 16.5,
         "billed_seconds": 16.5,
@@ -251,6 +252,7 @@ def test_gauges_show_what_was_measured_and_nothing_else() -> None:
         for window in ("5m", "60m")
         for name, value in (
             ("region_attempts", 1),
+            ("region_busy", 0),
             ("region_success_ratio", 0.0),
             ("region_usd_per_second", 0.0),
         )
@@ -292,7 +294,7 @@ async def test_metrics_of_a_proxy_that_answered_are_valid_and_labelled_by_place(
     }
     assert [s.value for s in families["beacon_region_attempts"].samples] == [3, 3, 3]
     assert [s.value for s in families["beacon_region_success_ratio"].samples] == [1, 1, 1]
-    assert len({name for name in families if "cold" not in name}) == len(families) == 8
+    assert len({name for name in families if "cold" not in name}) == len(families) == 9
     values = [sample.value for family in families.values() for sample in family.samples]
     assert all(map(math.isfinite, values)), values
     durations = [s.value for s in families["beacon_region_duration_seconds"].samples]

@@ -97,8 +97,9 @@ def test_totals_when_attempts_differ_sums_each_number() -> None:
     windows.add(outcome(Verdict.STRIKE, duration=0.25), "m")
     windows.add(outcome(Verdict.CALLER, duration=0.5, usd=0.25), "m")
     windows.add(outcome(Verdict.NEUTRAL), "m")
+    windows.add(outcome(Verdict.BUSY, duration=0.0), "m")
     found = total(windows)
-    assert (found.attempts, found.good, found.strikes) == (4, 1, 1)
+    assert (found.attempts, found.good, found.strikes, found.busy) == (5, 1, 1, 1)
     assert (found.seconds, found.usd) == (3.75, 0.75)
     assert (found.tokens_in, found.tokens_out) == (3, 5)
     assert found.success_rate() == 0.5

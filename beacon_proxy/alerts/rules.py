@@ -20,6 +20,7 @@ from ..config.alerts import (
     LogLinesLost,
     PoolUtilisation,
     ProviderDown,
+    ProviderRefuses,
     QueueLong,
     Rules,
     SuccessRate,
@@ -33,6 +34,7 @@ Read = Callable[[View], Iterable[Reading]]
 
 _WARMING = Warmth.WARMING
 _WINDOW = MINUTES * 60.0  # s
+_STARTING = 600.0  # s that a start may take; as long as `fleet.WARMING_TIME`
 _PAST = 3600.0  # s before the recent ones, that a TTFT is held against
 _PAST_LEAST = 600.0  # s of them that there must be
 
@@ -142,6 +144,45 @@ def _provider_down(rule: ProviderDown) -> tuple[Any, ...]:
 
 
 # The last minutes
+
+
+def _provider_refuses(rule: ProviderRefuses) -> tuple[Any, ...]:
+    starting: dict[Place, float] = {}  # since when it has answered nothing but that; monotonic s
+
+    def read(view: View) -> Iterator[Reading]:
+        refusing = {
+            place: sums for place, sums in view.recent.items() if sums.busy and not sums.good
+        }
+        rows: dict[Place, list[Live]] = {place: [] for place in refusing}
+        for candidate in view.candidates:
+            backend = candidate.backend
+            if (lives := rows.get((backend.region, backend.provider))) is not None:
+                lives.append(candidate.live)
+        for place in starting.keys() - refusing.keys():
+            del starting[place]
+        for place, sums in view.recent.items():
+            says = f"{_words(place)}: {sums.good} attempts in {MINUTES} minutes were good"
+            if place not in refusing:
+                yield Reading(_name(place), 0.0, says)
+                continue
+            since, lives = starting.setdefault(place, view.now), rows[place]
+            # Cold is no fault; but who says so for longer than a start takes does not start.
+            starts = any(live.warmth_at(view.now) is _WARMING for live in lives)
+            if starts and view.now - since < _STARTING:
+                continue
+            count = sums.busy + sums.strikes
+            # Who asks for minutes of rest is hardly asked at all.
+            if lives and (
+                count >= rule.min_attempts or not any(usable(live, view.now) for live in lives)
+            ):
+                yield Reading(
+                    _name(place),
+                    1.0,
+                    f"{_words(place)}: none of {count} attempts in {MINUTES} minutes was good,"
+                    f" {sums.busy} were pushed back (429, 503)",
+                )
+
+    return read, Mark(1.0, 0.0, rule.for_, rule.clear_for, Severity.CRITICAL)
 
 
 def _success_rate(rule: SuccessRate) -> tuple[Any, ...]:
@@ -350,6 +391,7 @@ class _Growth:
 _MAKERS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     "pool_utilisation": _pool_utilisation,
     "provider_down": _provider_down,
+    "provider_refuses": _provider_refuses,
     "success_rate": _success_rate,
     "ttft_p95": _ttft_p95,
     "budget": _budget,

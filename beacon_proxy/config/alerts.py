@@ -125,6 +125,18 @@ class ProviderDown(Section):
     clear_for: NotNegative = _over(30.0)
 
 
+class ProviderRefuses(Section):
+    """A provider in a region gave no good answer over the last 5 minutes, and pushed back."""
+
+    min_attempts: Count = Field(
+        default=5,
+        description="attempts that failed or were pushed back (429, 503); with fewer nothing is"
+        " said, unless none of its backends may be asked",
+    )
+    for_: NotNegative = _lasts(60.0)
+    clear_for: NotNegative = _over(60.0)
+
+
 class SuccessRate(Section):
     """The share of good attempts of a provider in a region over the last 5 minutes."""
 
@@ -235,6 +247,10 @@ class Rules(Section):
     )
     provider_down: Annotated[ProviderDown | None, *_SWITCH] = Field(
         default=ProviderDown(), description="no backend of a provider is up"
+    )
+    provider_refuses: Annotated[ProviderRefuses | None, *_SWITCH] = Field(
+        default=ProviderRefuses(),
+        description="a provider that answers nothing but 429 and 503 over 5 minutes",
     )
     success_rate: Annotated[SuccessRate | None, *_SWITCH] = Field(
         default=SuccessRate(), description="a provider's good attempts over 5 minutes"

@@ -90,6 +90,7 @@ def _recent(totals: Totals) -> Recent:
 # The end of each name and its help; all are over the last `window` and the begun minute.
 _NUMBERS: tuple[tuple[str, str, Callable[[Totals], float | None]], ...] = (
     ("attempts", "Attempts that ended in the window.", lambda totals: totals.attempts),
+    ("busy", "Attempts that were pushed back (429, 503).", lambda totals: totals.busy),
     (
         "success_ratio",
         "Good attempts, of those that say something about their backend.",

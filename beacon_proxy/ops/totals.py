@@ -11,7 +11,8 @@ class Totals:
     """Sums over some attempts, and how long the good ones among them took.
 
     Attributes:
-        attempts, good, strikes: how many, that ended well, that are held against a backend.
+        attempts, good, strikes, busy: how many, that ended well, that are held against a backend,
+            that it pushed back (429, 503).
         seconds: in attempts. billed: s that were paid for. usd: what they cost.
         tokens_in, tokens_out: as backends count them; tokens_estimated: those of both that they did
             not count themselves.
@@ -23,6 +24,7 @@ class Totals:
     __slots__ = (
         "attempts",
         "billed",
+        "busy",
         "duration",
         "good",
         "paced_seconds",
@@ -38,7 +40,7 @@ class Totals:
     )
 
     def __init__(self) -> None:
-        self.attempts = self.good = self.strikes = 0
+        self.attempts = self.good = self.strikes = self.busy = 0
         self.seconds = self.billed = self.usd = self.paced_seconds = 0.0
         self.tokens_in = self.tokens_out = self.tokens_estimated = self.paced_tokens = 0
         self.ttft = Sketch()
@@ -49,6 +51,7 @@ class Totals:
         self.attempts += other.attempts
         self.good += other.good
         self.strikes += other.strikes
+        self.busy += other.busy
         self.seconds += other.seconds
         self.billed += other.billed
         self.usd += other.usd

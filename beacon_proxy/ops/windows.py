@@ -32,7 +32,8 @@ _CELLS = 1024  # that wait to be collected: some ms of work
 _STEP = 8  # histories that are settled in one piece, in some ms
 _MODELS = 128  # names kept apart; a client may invent any number of them
 _SPELLING = 128  # characters of one
-_GOOD, _STRIKE = Verdict.GOOD, Verdict.STRIKE  # as globals they are found in a third of the time
+# As globals they are found in a third of the time.
+_GOOD, _STRIKE, _BUSY = Verdict.GOOD, Verdict.STRIKE, Verdict.BUSY
 # Tokens a second that no stream reaches: one that seems to was held back and came at once.
 _FASTEST = 10_000.0
 
@@ -220,6 +221,8 @@ class Windows:
                     totals.paced_seconds += seconds
         elif verdict is _STRIKE:
             totals.strikes += 1
+        elif verdict is _BUSY:
+            totals.busy += 1
 
     def settle(self) -> Iterator[None]:
         """Do what is due, some ms at a time: others may run, and read, between two pieces."""

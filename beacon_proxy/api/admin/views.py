@@ -80,6 +80,7 @@ def sums(totals: Totals) -> dict[str, Any]:
         "attempts": totals.attempts,
         "good": totals.good,
         "strikes": totals.strikes,
+        "busy": totals.busy,
         "success_rate": None if rate is None else round(rate, 4),
         "seconds": round(totals.seconds, 3),
         "billed_seconds": round(totals.billed, 3),
