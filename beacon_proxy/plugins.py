@@ -169,9 +169,9 @@ def build_provider(cls: type) -> Provider:
     except (TypeError, ValueError) as exc:
         raise ConfigError(f"{name} cannot be made: {exc}") from exc
     needed = set(_PARTS)
-    needed |= next(
-        (pair for pair in _PAIRS if any(hasattr(provider, part) for part in pair)), set()
-    )
+    for hooks in _TOGETHER:
+        if any(hasattr(provider, hook) for hook in hooks):
+            needed |= hooks
     lacking = sorted(part for part in needed if not hasattr(provider, part))
     if lacking:
         raise ConfigError(f"{name} is no provider: it lacks {', '.join(lacking)}")
@@ -208,11 +208,11 @@ def _wrong_methods(provider: Any) -> Iterator[str]:
             yield f"{key} is called by nobody; did you mean {close[0]}?"
 
 
-_AWAITED = {"check", "carry", "scale"}
+_AWAITED = {"check", "carry", "kept", "scale"}
 _HOOKS = {
     *("carries", "carry", "hop", "fields", "takes", "wakes"),
-    *("scalable", "scale"),
+    *("scalable", "kept", "scale"),
     *("cold_start", "stays_warm", "scales", "control_schemes", "reads_session"),
 }
 _PARTS = {*Provider.__annotations__, *(part for part in vars(Provider) if part[0] != "_")}
-_PAIRS = ({"carries", "carry"}, {"scalable", "scale"})  # one alone would never be asked
+_TOGETHER = ({"carries", "carry"}, {"scalable", "kept", "scale"})  # one alone would be of no use

@@ -1,7 +1,7 @@
 """A stand-in for Modal's control plane: gRPC on 127.0.0.1, made of the `modal` package's own words.
 
 It is not Modal. It knows the calls that `Function.from_name(…)`, its `get_current_stats()` and its
-`autoscaler.update()` make in modal 1.6.4, and keeps what it was asked with; any other call ends
+`autoscaler`'s methods make in modal 1.6.4, and keeps what it was asked with; any other call ends
 with UNIMPLEMENTED. What the numbers mean is Modal's documentation (modal/types.py: backlog,
 num_total_runners, input_headroom).
 """
@@ -53,6 +53,12 @@ class ControlPlane:
             f"{SERVICE}FunctionGet": Handler(
                 self._get, unary, pb.FunctionGetRequest, pb.FunctionGetResponse
             ),
+            f"{SERVICE}FunctionGetSchedulingParams": Handler(
+                self._settings,
+                unary,
+                pb.FunctionGetSchedulingParamsRequest,
+                pb.FunctionGetSchedulingParamsResponse,
+            ),
             f"{SERVICE}FunctionUpdateSchedulingParams": Handler(
                 self._scale,
                 unary,
@@ -84,6 +90,15 @@ class ControlPlane:
         request = await self._next(stream)
         self.asked.append(("FunctionGetCurrentStats", request.function_id))
         await stream.send_message(self.stats)
+
+    async def _settings(self, stream: Any) -> None:
+        await self._next(stream)
+        said = api_pb2.FunctionGetSchedulingParamsResponse()
+        if self.scaled:  # else as a function is that was deployed without any
+            least, most = self.scaled[-1]
+            settings = said.autoscaler_configuration.settings
+            settings.min_containers, settings.max_containers = least, most
+        await stream.send_message(said)
 
     async def _scale(self, stream: Any) -> None:
         request = await self._next(stream)

@@ -21,6 +21,7 @@ from aiohttp.test_utils import TestServer
 from beacon_proxy.config import resolve_backends
 from beacon_proxy.contracts import Backend, Workers
 from beacon_proxy.errors import ConfigError
+from beacon_proxy.fleet.control import Control
 from providers.modal import Modal
 from providers.runpod import RunPod
 from providers.runpod.workers import rest_of
@@ -41,11 +42,13 @@ class Rest:
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
-        self.asked: list[dict[str, Any]] = []
+        self.asked: list[dict[str, Any]] = []  # by PATCH
+        self.read = 0  # times
         self.status = 200
         self.deaf = False  # it answers 200, and changes nothing
         self.endpoint = {"id": "e1", "name": "llm", "workersMin": 0, "workersMax": 3}
         app = web.Application()
+        app.router.add_get("/v1/endpoints/{id}", self._get)
         app.router.add_patch("/v1/endpoints/{id}", self._patch)
         app.router.add_post("/v2/e1/openai/v1/chat/completions", self._chat)
         self.server = TestServer(app)
@@ -53,6 +56,14 @@ class Rest:
     async def _chat(self, request: web.Request) -> web.Response:
         await self.gate.wait()
         return web.json_response({"choices": [{"message": {"content": "hi"}}]})
+
+    async def _get(self, request: web.Request) -> web.Response:
+        self.read += 1
+        if request.headers.get("Authorization") != f"Bearer {KEY}":
+            return web.Response(status=401)
+        if self.status != 200:
+            return web.Response(status=self.status, text=f"no, {KEY}")
+        return web.json_response(self.endpoint)
 
     async def _patch(self, request: web.Request) -> web.Response:
         self.asked.append(
@@ -91,6 +102,22 @@ async def scaled(backend: Backend, provider: Any) -> None:
         await provider.scale(backend, Workers(2, 5), session, 5.0)
 
 
+async def kept(backend: Backend, provider: Any) -> int:
+    async with aiohttp.ClientSession() as session:
+        number: int = await provider.kept(backend, session, 5.0)
+        return number
+
+
+async def test_runpod_when_asked_says_what_it_keeps() -> None:
+    async with Rest() as rest:
+        rest.endpoint["workersMin"] = 3
+        assert await kept(runpod(rest.url), RunPod()) == 3
+        assert rest.asked == []
+        rest.endpoint["workersMin"] = None
+        with pytest.raises(ValueError, match="does not say how many workers"):
+            await kept(runpod(rest.url), RunPod())
+
+
 async def test_runpod_when_told_patches_the_two_fields_with_its_key() -> None:
     async with Rest() as rest:
         await scaled(runpod(rest.url), RunPod())
@@ -114,6 +141,8 @@ async def test_runpod_when_it_says_no_the_reason_holds_no_key(status: int, words
         rest.status = status
         with pytest.raises(ValueError, match=f"^{words}$"):
             await scaled(runpod(rest.url), RunPod())
+        with pytest.raises(ValueError, match=f"^{words}$"):
+            await kept(runpod(rest.url), RunPod())
 
 
 async def test_runpod_when_it_answers_with_other_numbers_is_not_believed() -> None:
@@ -181,8 +210,10 @@ async def test_modal_when_told_updates_the_functions_autoscaler(
             1,
             control_url="modal://llm/serve",
         )
+        assert await kept(backend, Modal()) == 0
         await scaled(backend, Modal())
         assert plane.scaled == [(2, 5)]
+        assert await kept(backend, Modal()) == 2
         with pytest.raises(ValueError, match="Modal knows no such app or function"):
             await scaled(
                 Backend("m", "modal", "http://h", "http", "h", 1, control_url="modal://llm/no"),
@@ -251,3 +282,33 @@ async def test_docs_when_a_query_names_a_metric_the_proxy_tells_it() -> None:
             told, _ = p.app.telemetry.render(p.app.fleet.candidates())
     families = set(re.findall(r"^# TYPE (\w+)", told.decode(), re.MULTILINE))
     assert named - {name.removesuffix("_total") for name in families} == set()
+
+
+@pytest.mark.parametrize(
+    ("said", "heard"),
+    [
+        (3, 3),
+        (None, "says that it keeps None workers"),
+        (-1, "says that it keeps -1 workers"),
+        (ValueError("no"), "no"),
+        (KeyError("min"), "KeyError at test_autoscale_providers.py"),
+    ],
+)
+async def test_kept_when_a_plugin_says_what_is_no_number_it_is_not_believed(
+    said: Any, heard: int | str
+) -> None:
+    class Own(RunPod):
+        async def kept(
+            self, backend: Backend, session: aiohttp.ClientSession, seconds: float
+        ) -> int:
+            if isinstance(said, Exception):
+                raise said
+            number: int = said
+            return number
+
+    control = Control({"runpod": Own()}, "0", lambda event, /, **fields: None)
+    try:
+        told = await control.kept(runpod("http://127.0.0.1:9/v2/e1"), 5.0)
+        assert re.sub(r":\d+$", "", str(told)) == str(heard)
+    finally:
+        await control.close()

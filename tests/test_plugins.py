@@ -234,10 +234,20 @@ def test_provider_when_it_lacks_a_part_is_a_clear_error(names: tuple[str, ...]) 
         build_provider(without(*names))
 
 
-@pytest.mark.parametrize(("has", "lacks"), [("carry", "carries"), ("carries", "carry")])
-def test_provider_when_it_has_half_a_transport_is_a_clear_error(has: str, lacks: str) -> None:
+@pytest.mark.parametrize(
+    ("has", "lacks"),
+    [
+        ("carry", "carries"),
+        ("carries", "carry"),
+        ("scale", "kept, scalable"),
+        ("carries carry scalable kept", "scale"),
+    ],
+)
+def test_provider_when_it_has_half_of_what_goes_together_is_a_clear_error(
+    has: str, lacks: str
+) -> None:
     with pytest.raises(ConfigError, match=f"it lacks {lacks}$"):
-        build_provider(type("Half", (Bare,), {has: Bare._any}))
+        build_provider(type("Half", (Bare,), dict.fromkeys(has.split(), Bare._any)))
 
 
 @pytest.mark.parametrize(

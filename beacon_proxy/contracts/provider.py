@@ -215,6 +215,13 @@ class Scales(Protocol):
         """What keeps this backend from being scaled, as `key: problem`; None: nothing does."""
         ...
 
+    async def kept(self, backend: Backend, session: aiohttp.ClientSession, seconds: float) -> int:
+        """How many workers it is set to keep at least, whoever set it: `Workers.min`.
+
+        Raises as `scale`.
+        """
+        ...
+
     async def scale(
         self, backend: Backend, workers: Workers, session: aiohttp.ClientSession, seconds: float
     ) -> None:

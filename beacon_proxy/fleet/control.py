@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 import aiohttp
 
@@ -15,6 +15,7 @@ from ..wire.pool import IDLE_LIMIT, tls_context
 
 CONNECT_LIMIT = 10.0  # s
 _Trust = tuple[bool, bool, str | None]  # https, verify, file of authorities
+_Said = TypeVar("_Said")
 
 
 def trust_of(backend: Backend) -> _Trust:
@@ -60,6 +61,18 @@ class Control:
             # Shown to anyone: what the exception says may hold what the plugin was given.
             return Check(Verdict.NEUTRAL, detail=f"the check itself failed: {type(exc).__name__}")
 
+    async def kept(self, backend: Backend, seconds: float) -> int | str:
+        """Ask the backend's provider how many workers it keeps; see `contracts.Scales`.
+
+        Returns why it did not say, for the log, where it did not. The provider can scale.
+        """
+        provider: Any = self._providers[backend.provider]
+        session = self._session(backend, carries=False)
+        said = await self._put(lambda: provider.kept(backend, session, seconds), seconds)
+        if isinstance(said, str) or (type(said) is int and said >= 0):
+            return said
+        return f"says that it keeps {said!r} workers"
+
     async def scale(self, backend: Backend, workers: Workers, seconds: float) -> str | None:
         """Tell the backend's provider how many workers to keep; see `contracts.Scales`.
 
@@ -67,9 +80,14 @@ class Control:
         """
         provider: Any = self._providers[backend.provider]
         session = self._session(backend, carries=False)
+        said = await self._put(lambda: provider.scale(backend, workers, session, seconds), seconds)
+        return said if isinstance(said, str) else None
+
+    async def _put(self, ask: Callable[[], Awaitable[_Said]], seconds: float) -> _Said | str:
+        """What a provider's method returns; why it did not, for the log, where it failed."""
         try:
             async with asyncio.timeout(seconds):
-                await provider.scale(backend, workers, session, seconds)
+                return await ask()
         except TimeoutError:
             return f"no answer in {seconds} s"
         except (aiohttp.ClientError, OSError) as exc:
@@ -78,7 +96,6 @@ class Control:
             return str(exc)
         except Exception as exc:  # a plugin's fault must not end the scaling of all others
             return told(exc)
-        return None
 
     def _session(self, backend: Backend, *, carries: bool) -> aiohttp.ClientSession:
         key = (trust_of(backend), carries)

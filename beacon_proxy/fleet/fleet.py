@@ -215,6 +215,10 @@ class Fleet(Roster):
         self._asking[name] = task
         task.add_done_callback(lambda _: self._asking.pop(name))
 
+    async def kept(self, backend: Backend, seconds: float) -> int | str:
+        """See `Control.kept`."""
+        return await self._control.kept(backend, seconds)
+
     async def scale(self, backend: Backend, workers: Workers, seconds: float) -> str | None:
         """See `Control.scale`."""
         return await self._control.scale(backend, workers, seconds)

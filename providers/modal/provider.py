@@ -61,7 +61,7 @@ from ..checking import LOOK, bounded, judge_server, listed_models, plain
 from ..openai import CHAT, join_target, setting, url_problem
 from ..reading import ask_chat, read_answer
 from .stats import check_stats, stats_problem
-from .workers import set_containers
+from .workers import kept_containers, set_containers
 
 if TYPE_CHECKING:
     import aiohttp
@@ -263,6 +263,9 @@ class Modal:
     def scalable(self, backend: Backend) -> str | None:
         needed = "control_url: must be modal://APP/FUNCTION to scale it"
         return None if backend.control_url else needed
+
+    async def kept(self, backend: Backend, session: aiohttp.ClientSession, seconds: float) -> int:
+        return await kept_containers(backend.control_url, seconds)
 
     async def scale(
         self, backend: Backend, workers: Workers, session: aiohttp.ClientSession, seconds: float

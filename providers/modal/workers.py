@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from beacon_proxy.contracts import Workers
 
 from .stats import imported, named, reason_of
+
+_Said = TypeVar("_Said")
+
+
+async def kept_containers(control_url: str, seconds: float) -> int:
+    """Read the least that the function keeps, by its own settings or by an override of them.
+
+    Raises:
+        ValueError: Modal says no, or does not answer in time.
+    """
+    settings = await _asked(control_url, seconds, lambda scaler: scaler.settings.aio())
+    return settings.min_containers or 0
 
 
 async def set_containers(control_url: str, workers: Workers, seconds: float) -> None:
@@ -15,19 +29,21 @@ async def set_containers(control_url: str, workers: Workers, seconds: float) -> 
     Raises:
         ValueError: Modal says no, or does not answer in time.
     """
+    bounds = {"min_containers": workers.min, "max_containers": workers.max}
+    await _asked(control_url, seconds, lambda scaler: scaler.update.aio(**bounds))
+
+
+async def _asked(control_url: str, seconds: float, ask: Callable[[Any], Awaitable[_Said]]) -> _Said:
+    """What the function's autoscaler answers."""
     where = named(control_url)
     assert where is not None, "the configuration was not checked"
-    bounds = {"min_containers": workers.min, "max_containers": workers.max}
     try:
         async with asyncio.timeout(seconds):
             modal = await asyncio.wrap_future(imported())
             function = modal.Function.from_name(
                 where.app, where.function, environment_name=where.environment
             )
-            # `autoscaler` since 1.6, where `update_autoscaler` warns of its end.
-            manager = getattr(function, "autoscaler", None)
-            update = function.update_autoscaler if manager is None else manager.update
-            await update.aio(**bounds)
+            return await ask(function.autoscaler)
     except TimeoutError:
         raise ValueError("Modal's control plane gave no answer in time") from None
     except Exception as exc:  # the package's own errors, and those of the gRPC below it

@@ -43,7 +43,7 @@ from ..openai import CHAT, join_target, setting, url_problem
 from ..reading import ask_chat, load, read_answer
 from .health import NOT_FOUND, is_queue, read_health
 from .queue import Queue
-from .workers import problem_of, set_workers
+from .workers import kept_workers, problem_of, set_workers
 
 if TYPE_CHECKING:
     import aiohttp
@@ -216,6 +216,9 @@ class RunPod:
 
     def scalable(self, backend: Backend) -> str | None:
         return problem_of(backend)
+
+    async def kept(self, backend: Backend, session: aiohttp.ClientSession, seconds: float) -> int:
+        return await kept_workers(backend, session, seconds)
 
     async def scale(
         self, backend: Backend, workers: Workers, session: aiohttp.ClientSession, seconds: float

@@ -1,7 +1,8 @@
 """The number of workers of an endpoint, by RunPod's REST API.
 
 `PATCH /v1/endpoints/ENDPOINT_ID` with `workersMin` and `workersMax` changes those two alone
-(docs.runpod.io, api-reference: EndpointUpdateInput); the answer is the endpoint as it is then.
+(docs.runpod.io, api-reference: EndpointUpdateInput); the answer is the endpoint as it is then, as
+it is to `GET`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from beacon_proxy.contracts import Backend, Workers
 
@@ -49,21 +50,45 @@ def problem_of(backend: Backend) -> str | None:
     return None
 
 
+async def kept_workers(backend: Backend, session: aiohttp.ClientSession, seconds: float) -> int:
+    """Read the least that the endpoint keeps; see `contracts.Scales`."""
+    kept = (await _endpoint(backend, session, seconds, "GET")).get("workersMin")
+    if type(kept) is not int:
+        raise ValueError("RunPod does not say how many workers it keeps")
+    return kept
+
+
 async def set_workers(
     backend: Backend, workers: Workers, session: aiohttp.ClientSession, seconds: float
 ) -> None:
     """Set both bounds, and see that they are set; see `contracts.Scales`."""
+    wanted = {"workersMin": workers.min, "workersMax": workers.max}
+    now = await _endpoint(backend, session, seconds, "PATCH", wanted)
+    if any(now.get(key) != wanted[key] for key in wanted):
+        raise ValueError("RunPod answers 200, but with other workers than it was told")
+
+
+async def _endpoint(
+    backend: Backend,
+    session: aiohttp.ClientSession,
+    seconds: float,
+    method: str,
+    wanted: Mapping[str, int] | None = None,
+) -> Mapping[str, Any]:
+    """The endpoint as RunPod answers with it."""
     url = f"{rest_of(backend)}/endpoints/{endpoint_of(backend)}"
     fields = {"Authorization": f"Bearer {backend.api_key}"}
-    wanted = {"workersMin": workers.min, "workersMax": workers.max}
     async with (
         asyncio.timeout(seconds),
-        session.patch(url, headers=fields, json=wanted, allow_redirects=False) as response,
+        session.request(
+            method, url, headers=fields, json=wanted, allow_redirects=False
+        ) as response,
     ):
         answer = await bounded(response)
     if answer.status != 200:
         said = _SAYS.get(answer.status, f"answers {answer.status}")
         raise ValueError(f"RunPod {said}")
-    now = load(answer.body)
-    if not isinstance(now, Mapping) or any(now.get(key) != wanted[key] for key in wanted):
-        raise ValueError("RunPod answers 200, but with other workers than it was told")
+    endpoint = load(answer.body)
+    if not isinstance(endpoint, Mapping):
+        raise ValueError("RunPod answers 200, but not with an endpoint")
+    return endpoint
