@@ -16,7 +16,16 @@ from typing import Any
 
 import pytest
 
-from beacon_proxy.contracts import Fault, Outcome, Stage, Submission, Usage, Verdict
+from beacon_proxy.contracts import (
+    OTHER_POST,
+    Fault,
+    Outcome,
+    Stage,
+    Submission,
+    Typical,
+    Usage,
+    Verdict,
+)
 from beacon_proxy.contracts import Reply as Replies
 from beacon_proxy.wire.dialects import Shape
 
@@ -529,7 +538,7 @@ async def test_stream_when_the_client_leaves_is_charged_for_what_ran(
 
 @pytest.mark.parametrize("api", APIS, ids=lambda api: api.name)
 async def test_document_when_the_client_leaves_is_charged_for_what_ran(api: Api) -> None:
-    """What it wrote nobody knows; it has read the prompt."""
+    """What it wrote nobody knows, and nobody bills; it has read the prompt."""
     script, left = silent()
     async with (
         RawBackend(script) as backend,
@@ -546,6 +555,116 @@ async def test_document_when_the_client_leaves_is_charged_for_what_ran(api: Api)
     (outcome,) = outcomes
     assert outcome.usage == Usage(guessed(data), 0, estimated=True)
     assert 0.028 <= outcome.billed == outcome.usd <= outcome.duration
+
+
+def teach(p: Proxy, seconds: float, output: float) -> None:
+    """What answers of model m, and on paths that we do not know, took of late."""
+    for candidate in p.app.fleet.candidates():
+        for work in ("m", OTHER_POST):
+            known = candidate.live.typical.setdefault(work, Typical())
+            known.billed, known.input, known.output = seconds, 10.0, output
+
+
+@asynccontextmanager
+async def left_after(
+    data: bytes, seconds: float, *pieces: bytes, typical: float
+) -> AsyncIterator[Outcome]:
+    """The outcome of a client that left after `seconds`, by the token; 0: its time was over.
+
+    Of late such work took `typical` s and wrote 1000 tokens; what is learnt meanwhile is not held
+    against it.
+    """
+    script, left = silent(*pieces)
+    async with (
+        RawBackend(script) as backend,
+        billing({"url": backend, **BY_TOKENS}) as (p, outcomes),
+        RawClient(p.port) as client,
+    ):
+        teach(p, typical, 1000.0)
+        await client.send(data)
+        await eventually(lambda: backend.requests)
+        teach(p, 1e-9, 1e6)
+        if pieces:
+            await client.head()
+        if seconds:
+            await asyncio.sleep(seconds)
+            client.close()
+        async with asyncio.timeout(2):
+            await left.wait()
+        await p.exchanges(1)
+        (outcome,) = outcomes
+        assert outcome.verdict is Verdict.NEUTRAL
+        yield outcome
+
+
+@pytest.mark.parametrize("api", APIS, ids=lambda api: api.name)
+@pytest.mark.parametrize("typical", [1e-6, 1.0, 1e9])
+async def test_document_by_the_token_when_the_client_leaves_is_charged_by_its_time(
+    api: Api, typical: float
+) -> None:
+    """25 of them, each at 0.95 s of 1 s, cost less than one whole answer."""
+    data = api.request(stream=False)
+    async with left_after(data, 0.05, typical=typical) as outcome:
+        assert outcome.usage is not None
+        assert (outcome.usage.input, outcome.usage.estimated) == (guessed(data), True)
+        if typical == 1.0:
+            assert 49 <= outcome.usage.output <= round(1000 * outcome.duration)
+        else:
+            assert outcome.usage.output == (1000 if typical < 1.0 else 0)
+        paid = guessed(data) * 1e-6 + outcome.usage.output * 10e-6
+        assert outcome.usd == pytest.approx(paid)
+
+
+async def test_document_by_the_token_when_the_clients_time_is_over_is_charged_by_its_time() -> None:
+    data = chat(headers=[("X-Beacon-Timeout", "0.05")])
+    async with left_after(data, 0.0, typical=1e-6) as outcome:
+        assert outcome.fault is Fault.DEADLINE
+        assert outcome.usage == Usage(guessed(data), 1000, estimated=True)
+
+
+DOCUMENT_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99999\r\n\r\n"
+)
+
+
+async def test_document_by_the_token_when_only_its_head_has_come_is_charged_by_its_time() -> None:
+    """Some send it at once, and blanks until they know what to say."""
+    data = chat()
+    async with left_after(data, 0.01, DOCUMENT_HEAD + b"  ", typical=1e-6) as outcome:
+        assert outcome.usage == Usage(guessed(data), 1000, estimated=True)
+    async with left_after(data, 0.01, DOCUMENT_HEAD + b" " * 8000, typical=1e9) as outcome:
+        assert outcome.usage == Usage(guessed(data), 2000, estimated=True)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(asks("/v1/embeddings"), id="embeddings"),
+        pytest.param(chat(stream=True), id="a stream, of which nothing has come"),
+    ],
+)
+async def test_what_writes_nothing_unseen_when_the_client_leaves_is_charged_its_input(
+    data: bytes,
+) -> None:
+    async with left_after(data, 0.01, typical=1e-6) as outcome:
+        assert outcome.usage == Usage(guessed(data), 0, estimated=True)
+
+
+@pytest.mark.parametrize("path", UNKNOWN)
+@pytest.mark.parametrize("pieces", [(), (DOCUMENT_HEAD + b"{",)], ids=["silent", "begun"])
+async def test_cost_on_a_path_that_we_do_not_know_when_the_client_leaves_is_by_its_time(
+    path: str, pieces: tuple[bytes, ...]
+) -> None:
+    """It was free until the head had come, and from then on the whole of it was paid for."""
+    whole = 10e-6 + 1000 * 10e-6
+    for typical in (1e-6, 1.0, 1e9):
+        async with left_after(asks(path), 0.05, *pieces, typical=typical) as outcome:
+            assert outcome.usage is None
+            assert outcome.expected_usd == pytest.approx(whole)
+            if typical == 1.0:
+                assert 0.049 * whole <= outcome.usd <= outcome.duration * whole
+            else:
+                assert outcome.usd == pytest.approx(whole if typical < 1.0 else 0.0, abs=1e-9)
 
 
 async def test_count_of_tokens_when_the_client_leaves_is_charged_none() -> None:
@@ -647,8 +766,12 @@ async def test_picture_when_the_client_leaves_is_not_charged_as_text() -> None:
     assert 1000 <= outcome.usage.input <= 1100
 
 
-async def test_upload_when_the_client_leaves_in_it_is_charged_seconds_and_no_tokens() -> None:
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+@pytest.mark.parametrize("path", [CHAT.path, "/v1/audio/transcriptions"])
+@pytest.mark.parametrize("price", [DOLLAR, BY_TOKENS], ids=["seconds", "tokens"])
+async def test_upload_when_the_client_leaves_in_it_is_charged_seconds_and_no_tokens(
+    path: str, price: dict[str, Any]
+) -> None:
+    head = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" % path.encode()
     size = 6 << 20  # past the replay cap, so it goes out as it comes
 
     async def script(conn: BackendConn) -> None:
@@ -659,7 +782,7 @@ async def test_upload_when_the_client_leaves_in_it_is_charged_seconds_and_no_tok
     asked = asyncio.Event()
     async with (
         RawBackend(script) as backend,
-        billing(backend) as (p, outcomes),
+        billing({"url": backend, **price}) as (p, outcomes),
         RawClient(p.port) as client,
     ):
         await client.send(head + b"Content-Length: %d\r\n\r\n{" % size + b" " * (5 << 20))
@@ -670,7 +793,8 @@ async def test_upload_when_the_client_leaves_in_it_is_charged_seconds_and_no_tok
         await p.exchanges(1)
     (outcome,) = outcomes
     assert (outcome.usage, outcome.stage) == (None, Stage.SEND)
-    assert 0.028 <= outcome.billed == outcome.usd
+    assert outcome.billed >= 0.028
+    assert outcome.usd == (outcome.billed if price is DOLLAR else 0.0)
 
 
 # -- seconds -------------------------------------------------------------------------------------

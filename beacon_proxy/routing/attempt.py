@@ -22,6 +22,7 @@ from ..contracts import (
 from ..errors import ProxyError, UpstreamError
 from ..fleet.hooks import NO_HOOKS, Hooks
 from ..spending.bill import price_of
+from ..spending.estimates import Pace
 from ..wire.answer import Answer
 from ..wire.carried import Carried, Carriers
 from ..wire.connection import Connection
@@ -63,6 +64,8 @@ class Attempt:
         patience: its limits, by how warm the backend is.
         accepted: the backend has taken the work, and said where its result will be.
         expected_usd: what it is expected to cost.
+        pace: of what it is expected to write; None: no tokens are billed. It is that of when the
+            attempt began, as `expected_usd` is: who leaves pays for no more output than was held.
         billed_from: when the backend began to be paid for, by our clock (monotonic s).
     """
 
@@ -83,6 +86,7 @@ class Attempt:
         "hooks",
         "last",
         "number",
+        "pace",
         "patience",
         "provider",
         "sent",
@@ -115,6 +119,7 @@ class Attempt:
         self.number = len(exchange.attempts) + 1
         self.started = self.billed_from = now = monotonic()
         self.expected_usd = 0.0
+        self.pace: Pace | None = None
         backend = candidate.backend
         self.patience = backend.timeouts
         self._was = candidate.live.warmth_at(now)
@@ -361,10 +366,11 @@ class Attempt:
         if given is not None and made is not None:
             usage = Usage(given, made, False, cached, written)
         elif self.sent and self.exchange.work is not None:
-            usage = self._usage(verdict) if self.exchange.inference else self._usage_elsewhere()
+            inference = self.exchange.inference
+            usage = self._usage(verdict, now) if inference else self._usage_elsewhere()
         usd = price_of(self.backend, billed, usage)
-        if usage is None and self._ran_uncounted:
-            usd = self.expected_usd
+        if usage is None and self.pace is not None:
+            usd = self.expected_usd * self._part_uncounted(verdict, now)
         return Outcome(
             self.backend,
             self.number,
@@ -388,13 +394,13 @@ class Attempt:
             self.expected_usd,
         )
 
-    def _usage(self, verdict: Verdict) -> Usage | None:
+    def _usage(self, verdict: Verdict, now: float) -> Usage | None:
         """Tokens that were spent; None: none, as far as anybody can know."""
-        answer, exchange, upload = self.answer, self.exchange, self._upload_of
+        answer, exchange = self.answer, self.exchange
         if answer is None or answer.status is None:
-            # A backend that was left has read the prompt; what a silent failure did nobody bills.
-            read = verdict is _NEUTRAL and (upload is None or upload.complete)
-            return Usage(self._guess_input(), 0, estimated=True) if read else None
+            if not self._was_left(verdict):
+                return None
+            return Usage(self._guess_input(), self._output_by(now), estimated=True)
         if answer.status >= 300:
             return None
         given, made, cached, written = answer.tokens()
@@ -405,6 +411,8 @@ class Attempt:
             return None
         if answer.shape is _DOCUMENT and exchange.prompt is None:  # embeddings, a reranking
             guess, made = 0, 0
+        elif answer.watch is None and not answer.complete and verdict is _NEUTRAL:
+            guess = max(guess, self._output_by(now))
         if given is not None and made is not None:
             return Usage(given, made, False, cached, written)
         return Usage(
@@ -420,13 +428,45 @@ class Attempt:
         """Whether what is asked, on a path that we do not know, may run a model by the token."""
         return self.backend.token_price is not None and self.exchange.work is not None
 
-    @property
-    def _ran_uncounted(self) -> bool:
-        """Whether it may have cost tokens that nobody will ever tell."""
+    def _was_left(self, verdict: Verdict) -> bool:
+        """Whether it had the whole request, and nobody waited for its answer any more.
+
+        What a silent failure did nobody bills.
+        """
+        upload = self._upload_of
+        return verdict is _NEUTRAL and (upload is None or upload.complete)
+
+    def _part_by(self, now: float) -> float:
+        """How much of what is expected has run at `now`, 0..1, as far as time tells."""
+        pace, answer = self.pace, self.answer
+        if pace is None:
+            return 0.0
+        if answer is None:
+            return pace.part(now - self.billed_from)
+        if answer.billed is not None:  # its provider knows when it ran
+            return pace.part(answer.billed)
+        since = answer.billed_from
+        return pace.part(now - (answer.sent_at if since is None else since))
+
+    def _output_by(self, now: float) -> int:
+        """Tokens that had been written at `now` of a document that nobody saw whole."""
+        pace, answer, exchange = self.pace, self.answer, self.exchange
+        if pace is None or (exchange.stream if answer is None else answer.stream):
+            return 0  # of a stream they are counted as they come
+        if answer is not None and answer.shape is _DOCUMENT and exchange.prompt is None:
+            return 0  # embeddings, a reranking
+        return round(pace.output * self._part_by(now))
+
+    def _part_uncounted(self, verdict: Verdict, now: float) -> float:
+        """How much, 0..1, ran of a POST on a path that we do not know, and was never counted."""
         answer = self.answer
-        if self.exchange.inference or answer is None or answer.status is None:
-            return False
-        return 200 <= answer.status < 300 and self._may_be_billed_tokens
+        if self.exchange.inference or not self.sent or not self._may_be_billed_tokens:
+            return 0.0
+        if answer is None or answer.status is None:
+            return self._part_by(now) if self._was_left(verdict) else 0.0
+        if not 200 <= answer.status < 300:
+            return 0.0
+        return 1.0 if answer.complete else self._part_by(now)
 
     def _usage_elsewhere(self) -> Usage | None:
         """Tokens of an answer on a path that we do not know, where its backend counted them."""

@@ -73,7 +73,7 @@ class Pipeline:
         self._watcher = watcher
         self.queue = self._queue = Queue(chain.queue, watcher.queue_depth)
         self._chooser = Chooser(fleet, chain, self._queue, budgets)
-        self._expected_usd = fleet.estimates.usd
+        self._expected_usd, self._pace = fleet.estimates.usd, fleet.estimates.pace
 
     def waiting(self, name: str) -> int:
         """How many exchanges wait for room that this backend would do for."""
@@ -119,6 +119,8 @@ class Pipeline:
             attempt.expected_usd = self._expected_usd(
                 candidate.backend, candidate.live, exchange.work, attempt.started
             )
+            if candidate.backend.token_price is not None:
+                attempt.pace = self._pace(candidate.live, exchange.work)
             try:
                 delay = await self._try(exchange, source, client, model, tried, choice, attempt)
             except asyncio.CancelledError:

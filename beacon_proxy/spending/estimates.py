@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
+from typing import NamedTuple
 
 from ..contracts import OTHER_POST, Backend, Live, Outcome, Typical, Usage
 
@@ -28,6 +29,17 @@ _BACKENDS = 64  # that make the average of the fleet: the newest
 _LONGEST = 128  # characters of one
 _GUESS = Typical(billed=5.0, input=200.0, output=200.0)  # while no answer has been seen at all
 _NOTHING, _NO_TOKENS = Typical(), Usage()
+
+
+class Pace(NamedTuple):
+    """How fast an attempt is expected to write."""
+
+    output: float  # tokens, in all
+    seconds: float  # that they take, without a cold start
+
+    def part(self, seconds: float) -> float:
+        """How much of it has run after so many seconds, 0..1, at an even pace."""
+        return min(max(seconds, 0.0) / self.seconds, 1.0) if self.seconds > 0.0 else 1.0
 
 
 class Estimates:
@@ -76,19 +88,29 @@ class Estimates:
 
     def usd(self, backend: Backend, live: Live, work: str | None, now: float) -> float:
         """USD that an attempt at `backend`, made now (monotonic s), is expected to cost."""
-        price, typical = backend.token_price, live.typical.get(work)
-        if price is None:
-            seconds = (typical or live.usual or self._fleet()).billed
-            if live.cold_from <= now and live.cold_at(now):
-                seconds += live.cold_starts.quantile(0.5) or 0.0
-            return seconds * backend.price_per_second
+        price = backend.token_price
+        if price is not None:
+            return price.usd(self._tokens(live, work))
+        seconds = (live.typical.get(work) or live.usual or self._fleet()).billed
+        if live.cold_from <= now and live.cold_at(now):
+            seconds += live.cold_starts.quantile(0.5) or 0.0
+        return seconds * backend.price_per_second
+
+    def pace(self, live: Live, work: str | None) -> Pace:
+        """Of an attempt on a backend that bills tokens, made now."""
+        seconds = (live.typical.get(work) or live.usual or self._fleet()).billed
+        return Pace(self._tokens(live, work).output, seconds)
+
+    def _tokens(self, live: Live, work: str | None) -> Typical:
+        """What tells the tokens of an attempt."""
+        typical = live.typical.get(work)
         if work is None:
-            typical = typical or _NOTHING
-        elif typical is None or not (typical.input or typical.output):
+            return typical or _NOTHING
+        if typical is None or not (typical.input or typical.output):
             typical = live.usual  # it never said what it took
             if typical is None or not (typical.input or typical.output):
                 typical = self._fleet()
-        return price.usd(typical)
+        return typical
 
     def _fleet(self) -> Typical:
         """What inference takes on average, over all backends."""
