@@ -451,6 +451,61 @@ def test_ratio_when_requests_are_turned_away_is_one_until_somebody_is_let_in() -
     assert scene.gauge("budget_used_ratio") == pytest.approx(0.9)
 
 
+def test_ratio_when_what_was_turned_away_would_fit_by_now_is_what_is_used() -> None:
+    """A burst holds all for a moment: when it is over there is room, be it that nobody asks."""
+    scene = Scene()
+    running = [begun(scene.begin()) for _ in range(4)]
+    scene.refusal(scene.exchange())
+    shown = []
+    for each in running:
+        shown.append(scene.gauge("budget_used_ratio"))
+        scene.end(each, usd=0.1)
+    assert shown == pytest.approx([1.0, 1.0, 0.7, 0.55]), "the next one would be let in at 0.75"
+    assert scene.gauge("budget_used_ratio") == pytest.approx(0.4)
+    scene.seconds = 0.7
+    scene.refusal(scene.exchange())
+    assert scene.gauge("budget_used_ratio") == 1.0
+    scene.pass_by(43_200)
+    assert scene.gauge("budget_used_ratio") == 0.0, "a new window"
+
+
+def test_ratio_when_several_were_turned_away_goes_by_the_least_that_still_would_be() -> None:
+    scene = Scene(seconds=0.75)
+    first = begun(scene.begin())
+    scene.seconds = 0.5
+    scene.refusal(scene.exchange())
+    scene.seconds = 0.3
+    scene.refusal(scene.exchange())
+    scene.seconds = 0.9
+    scene.refusal(scene.exchange())
+    scene.end(first, usd=0.6)
+    assert scene.gauge("budget_used_ratio") == pytest.approx(0.6), "one of 0.3 would fit"
+    scene.refusal(scene.exchange())
+    assert scene.gauge("budget_used_ratio") == 1.0, "it asks for 0.9"
+
+
+def test_ratio_when_a_pool_is_closed_and_the_other_takes_all_is_one_and_told() -> None:
+    """`pool:burst`, over it baseline alone: no client is turned away, yet it lets nobody in."""
+    scene, cheap = Scene((Terms(scope="pool:burst"),)), fact("cheap", 0.0, pool="baseline")
+    scene.end(begun(scene.begin()), usd=0.95)
+    assert scene.fits(scene.exchange(), fact(), fact("small", 0.1), cheap) == ["small", "cheap"]
+    assert (scene.gauge("budget_used_ratio"), scene.told) == (0.95, []), "it lets some in"
+    assert scene.fits(scene.exchange(), fact(), cheap) == ["cheap"]
+    assert scene.gauge("budget_used_ratio") == 1.0
+    assert [told["event"] for told in scene.told] == ["budget.exhausted"]
+    assert begun(scene.begin(fact("small", 0.1))).estimate == 0.025
+    assert scene.gauge("budget_used_ratio") == pytest.approx(0.975)
+
+
+def test_ratio_when_a_budget_of_nothing_is_closed_as_it_was_made_to_tells_nothing() -> None:
+    scene = Scene((Terms(scope="pool:burst", usd=0.0),))
+    free = fact("free", 0.0, pool="baseline")
+    assert scene.fits(scene.exchange(), fact(), free) == ["free"]
+    assert (scene.gauge("budget_used_ratio"), scene.told) == (0.0, [])
+    scene.refusal(scene.exchange())
+    assert scene.gauge("budget_used_ratio") == 1.0
+
+
 def test_gauges_when_a_budget_is_each_tenants_are_those_of_who_used_most() -> None:
     scene = Scene((Terms("each", "tenant", usd=2.0),))
     for tenant, usd in (("a", 0.2), ("b", 0.8), ("c", 0.5)):

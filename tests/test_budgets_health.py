@@ -112,7 +112,7 @@ def test_plan_when_nobody_is_well_asks_the_one_that_fits_as_a_last_resort() -> N
     s.eject("cheap", 30.0)
     s.eject("dear", 20.0)
     assert s.plan() == ["cheap"]
-    assert s.events() == ["fleet.panicked"]
+    assert s.events() == ["fleet.panicked", "budget.exhausted"]
     s = Scene(dear())
     s.eject("dear")
     with pytest.raises(BudgetExceeded):
@@ -123,7 +123,7 @@ def test_plan_when_another_is_well_and_fits_asks_that_one() -> None:
     s = Scene(cheap(), cheap("second"), dear())
     s.eject("cheap")
     assert s.plan() == ["second"]
-    assert s.events() == []
+    assert s.events() == ["budget.exhausted"], "the other pool's, which lets nobody in"
 
 
 def test_plan_when_a_region_is_required_is_refused_for_money_only_by_what_is_there() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from math import inf
 from typing import NamedTuple, Protocol
 
 from ..contracts import Backend, Exchange, Permit
@@ -84,12 +85,22 @@ class Remembered(NamedTuple):
 class Account:
     """USD spent in a window and held for what runs."""
 
-    __slots__ = ("held", "refuses", "running", "spent")
+    __slots__ = ("held", "refused", "running", "spent")
 
     def __init__(self) -> None:
         self.spent = self.held = 0.0
         self.running = 0  # attempts that hold some of it
-        self.refuses = False  # somebody was turned away, and nobody was let in since
+        # USD, the least estimate that was turned away since somebody was let in; inf: none was.
+        self.refused = inf
+
+    def refuse(self, usd: float, limit: float) -> None:
+        """Turn an estimate away. One from before that would fit by now says nothing any more."""
+        if usd < self.refused or not self.refuses(limit):
+            self.refused = usd
+
+    def refuses(self, limit: float) -> bool:
+        """Whether what was turned away would be turned away again."""
+        return limit + HAIR < self.spent + self.held + self.refused < inf
 
     def give_back(self, usd: float) -> None:
         self.running -= 1
@@ -142,7 +153,7 @@ class Budget:
         self._before = Remembered(self.begun, self.ends, self.told, spent)
         self._accounts = {key: each for key, each in accounts.items() if each.running}
         for account in self._accounts.values():
-            account.spent, account.refuses = 0.0, False
+            account.spent, account.refused = 0.0, inf
         self.begun, self.ends, self.told = to.begun, to.ends, to.told
         for key, usd in to.spent.items():
             self._accounts.setdefault(key, Account()).spent = usd
@@ -204,7 +215,7 @@ class Hold:
         for account in self.accounts:
             account.held += usd
             account.running += 1
-            account.refuses = False
+            account.refused = inf
 
     def look(self, now: float) -> None:
         """Hold what it has cost so far, where that is more."""

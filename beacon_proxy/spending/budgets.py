@@ -22,7 +22,7 @@ last one was let in: by no more than one estimate each where none costs over twi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from math import inf
 from typing import NamedTuple
 
@@ -131,6 +131,8 @@ class Budgets:
                 faded[backend.name] = Refused(candidate, usd, tuple(short))
         if faded:
             fitting = self._with_trials(fitting, faded, refused, work)
+        if refused:
+            self._note_closed(exchange.tenant, fitting, refused)
         return fitting, refused
 
     def _with_trials(
@@ -155,6 +157,28 @@ class Budgets:
             else:
                 self._trials[name] = estimate
         return [c for c in fitting if c.backend.name not in faded or c.backend.name in self._trials]
+
+    def _note_closed(
+        self, tenant: str | None, fitting: list[Candidate], refused: list[Refused]
+    ) -> None:
+        """Note the budgets that let nobody in, be it that who they do not cover takes the request.
+
+        Not those of nothing: they refuse whatever costs anything, as they were made to.
+        """
+        budgets = {b for each in refused for b in each.budgets if b.usd}
+        open_ = {b for b in budgets if any(b.covers(each.backend) for each in fitting)}
+        self._note_refusals(tenant, refused, budgets - open_)
+
+    def _note_refusals(
+        self, tenant: str | None, refused: Iterable[Refused], of: Collection[Budget]
+    ) -> None:
+        least: dict[Budget, float] = {}
+        for each in refused:
+            for budget in each.budgets:
+                if budget in of:
+                    least[budget] = min(each.usd, least.get(budget, inf))
+        for budget, usd in least.items():
+            self._note_refusal(budget, tenant, usd)
 
     def _believed(self, candidate: Candidate, work: str | None, now: float) -> float:
         """How much of an estimate is believed, 0..1; see rule 6."""
@@ -203,8 +227,7 @@ class Budgets:
         by_budget = [each for each in refused if each.budgets]
         if not by_budget:
             return self._too_dear(exchange, soon)
-        for budget in dict.fromkeys(b for each in by_budget for b in each.budgets):
-            self._note_refusal(budget, tenant, unix)
+        self._note_refusals(tenant, by_budget, {b for each in by_budget for b in each.budgets})
         # A candidate waits for the last of its budgets, the client for the first candidate.
         wait, name = min(
             max((budget.wait(tenant, each.usd, unix), budget.name) for budget in each.budgets)
@@ -220,9 +243,9 @@ class Budgets:
         message = f"no backend is expected to answer within {what}"
         return Limited(message, retry_after=round(min(_UNCHANGING, soon), 3))
 
-    def _note_refusal(self, budget: Budget, tenant: str | None, unix: float) -> None:
+    def _note_refusal(self, budget: Budget, tenant: str | None, usd: float) -> None:
         account = budget.account(tenant)
-        account.refuses = True
+        account.refuse(usd, budget.usd)
         if budget.told:
             return
         budget.told = True
@@ -234,7 +257,7 @@ class Budgets:
             usd=budget.usd,
             spent_usd=round(account.spent, 9),
             reserved_usd=round(account.held, 9),
-            begins_anew_s=round(budget.ends - unix, 3),
+            begins_anew_s=round(budget.ends - self._unix(), 3),
             **({"tenant": tenant} if budget.each_tenant else {}),
         )
 
@@ -280,8 +303,8 @@ class Budgets:
             yield Gauge("budget_reserved_usd", "Held for what runs now.", account.held, label)
             yield Gauge(
                 "budget_used_ratio",
-                "Spent and held, of what may be spent; at least 1 while it turns requests away.",
-                max(ratio, 1.0) if account.refuses else ratio,
+                "Spent and held, of what may be spent; at least 1 while it lets nobody in.",
+                max(ratio, 1.0) if account.refuses(limit) else ratio,
                 label,
             )
 
