@@ -708,6 +708,34 @@ def test_metrics_count_exchanges_and_attempts() -> None:
     assert samples["beacon_exchange_duration_seconds_count", ()] == 3
 
 
+def test_metrics_before_anything_happened_count_from_0() -> None:
+    """A counter that comes with its first 199 refusals has not risen, for Prometheus."""
+    teller = Teller()
+    samples = teller.samples(Candidate(backend("idle"), Live()))
+    counts = {key: value for key, value in samples.items() if key[0].endswith("_total")}
+    assert {v for (name, _), v in counts.items() if name.startswith("beacon")} == {0}
+    for reason, hundreds in (("overloaded", 5), ("no_backend", 5), ("budget_exceeded", 4)):
+        assert ("beacon_exchanges_total", ("error", reason, f"{hundreds}xx")) in counts
+        assert ("beacon_exchanges_total", ("error", reason, "2xx")) in counts, "/inference"
+    of_one = [name for name, values in samples if "idle" in values]
+    assert {name: of_one.count(name) for name in of_one if name.endswith("_total")} == {
+        "beacon_attempts_total": 4,
+        "beacon_tokens_total": 2,
+        "beacon_cost_usd_total": 1,
+        "beacon_ejections_total": 1,
+    }
+    assert len(of_one) == 16
+    teller.end(exchange(), end=End.ERROR, status=503, reason="overloaded")
+    teller.end(exchange(), outcome(backend("idle"), usd=0.5))
+    after = teller.samples(Candidate(backend("idle"), Live()))
+    assert samples.keys() <= after.keys()
+    assert after["beacon_exchanges_total", ("error", "overloaded", "5xx")] == 1
+    assert after["beacon_cost_usd_total", ("idle",)] == 0.5
+    grown = [name for name, values in after if "idle" in values]
+    assert len(grown) == 34, "and its time to first content"
+    assert Teller().samples(Candidate(backend("idle"), Live())).keys() == samples.keys()
+
+
 @pytest.mark.parametrize(
     ("reason", "label"),
     [
@@ -813,7 +841,7 @@ def test_metrics_of_two_telemetries_are_apart() -> None:
     one, other = Teller(), Teller()
     one.end(exchange(), outcome())
     assert ("beacon_exchanges_total", ("complete", "", "2xx")) in one.samples()
-    assert ("beacon_exchanges_total", ("complete", "", "2xx")) not in other.samples()
+    assert other.samples()["beacon_exchanges_total", ("complete", "", "2xx")] == 0
 
 
 def test_render_speaks_the_format_that_is_asked_for() -> None:
