@@ -15,7 +15,7 @@ from .windows import SPANS, Windows
 
 _RECENT = 5  # minutes, as `contracts.Recent` says
 _PAUSE = 5.0  # s between two looks: a ranker need not know sooner
-_QUANTILES = (0.5, 0.95, 0.99)
+_PERCENTILES = (50, 95, 99)
 
 
 class Performance:
@@ -70,10 +70,11 @@ class Performance:
                     if value is not None:
                         yield Gauge(f"region_{name}", text, value, labels)
                 for name, text, quantile in _SKETCHES:
-                    for q in _QUANTILES:
-                        value = quantile(totals, q)
+                    for percent in _PERCENTILES:
+                        value = quantile(totals, percent / 100)
                         if value is not None:
-                            its = *labels, ("quantile", f"{q:g}")
+                            # `quantile` is a label of summaries, whose counts never fall.
+                            its = *labels, ("percentile", str(percent))
                             yield Gauge(f"region_{name}", text, value, its)
 
 
