@@ -137,7 +137,12 @@ class Chooser:
         until = joined + self._queue.limits.timeout
         try:
             while True:
-                plan = self._plan_in_time(exchange, model, tried, now, claims)
+                try:
+                    plan = self._plan_in_time(exchange, model, tried, now, claims)
+                except NoBackend:
+                    if place is not None:
+                        self._queue.lost(place)
+                    raise
                 choice = self._admit(exchange, plan, place, now)
                 if place is not None:
                     self._queue.tried(place, choice.candidate.backend.name if choice else None)
