@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -114,6 +115,43 @@ async def test_pool_when_it_is_full_for_long_tells_the_webhook_and_when_it_is_ov
     (logged,) = p.events("alert.began")
     assert (logged["level"], logged["subject"], logged["threshold"]) == ("warning", "burst", 0.8)
     assert p.events("alert.ended")[0]["level"] == "info"
+
+
+async def test_pool_when_attempts_come_and_go_knows_how_long_each_took() -> None:
+    """Also one that failed, and one that still runs: what is read of it is the integral."""
+    hang = asyncio.Event()
+
+    async def serve(conn: BackendConn) -> None:
+        async for asked in each_request(conn):
+            if b"hang" in asked.body:
+                await hang.wait()
+            await asyncio.sleep(0.01)
+            await conn.send(json_bytes(DOCUMENT, 500 if b"bad" in asked.body else 200))
+
+    began = monotonic()
+    async with (
+        RawBackend(serve) as backend,
+        proxy(backend) as p,
+        RawClient(p.port) as client,
+        RawClient(p.port) as other,
+    ):
+        for model in ("good", "bad", "good"):
+            await client.ask(chat(model=model))
+        done = await p.exchanges(3)
+        took = sum(each["duration_s"] for line in done for each in line["attempts"])
+        (candidate,) = p.app.fleet.candidates()
+        live = candidate.live
+        assert took - 1e-4 <= live.taken(0.0) <= monotonic() - began
+        asking = asyncio.create_task(other.ask(chat(model="hang")), name="asking")
+        await eventually(lambda: live.in_flight)
+        now = monotonic()
+        grown = live.taken(now + 100) - live.taken(now)
+        assert grown == pytest.approx(100.0)
+        assert took - 1e-4 <= live.taken(now) <= now - began + 1e-4
+        hang.set()
+        await asking
+        await eventually(lambda: not live.in_flight)
+        assert took <= live.taken(0.0) == live.taken(1e6) <= monotonic() - began
 
 
 async def test_pool_when_it_is_small_and_refuses_for_want_of_a_queue_is_told() -> None:

@@ -87,39 +87,92 @@ def usable(live: Live, now: float) -> bool:
 
 
 def _pool_utilisation(rule: PoolUtilisation) -> tuple[Any, ...]:
-    refused = _Growth()
+    refused, load = _Growth(), _Load()
+    means: dict[str, _Mean] = {}
 
     def read(view: View) -> Iterator[Reading]:
         wanted = refused.see(view.now, view.shed) > 0 or view.queue[0] > 0
-        for pool, (taken, slots) in _load(view).items():
-            share = taken / slots
-            says = f"pool {pool} is {_percent(share)} full"
+        loads = load.see(view)
+        for pool in means.keys() - loads.keys():
+            del means[pool]
+        for pool, (share, slots) in loads.items():
             # Where the mark is the last slot, as with few of them, to use all is no trouble: it is
             # that somebody would have more.
-            if (slots - 1) / slots < rule.above and not wanted:
-                yield Reading(pool, None, f"{says}, and nobody waits")
+            small = (slots - 1) / slots < rule.above
+            mean = means.setdefault(pool, _Mean(rule.for_))
+            mean.add(load.seconds, share, 0.0 if small and not wanted else share)
+            says = f"pool {pool} is {_percent(mean.share)} full"
+            if small and not wanted:
+                yield Reading(pool, mean.value, f"{says}, and nobody waits")
             else:
-                yield Reading(pool, share, f"{says} (alert from {_percent(rule.above)})")
+                yield Reading(pool, mean.value, f"{says} (alert from {_percent(rule.above)})")
 
-    ends = _or(rule.clear, 0.9 * rule.above)
-    return read, Mark(rule.above, ends, rule.for_, rule.clear_for)
+    # That it lasts is in the mean: of ten single moments one is below it, however full the pool.
+    return read, Mark(rule.above, _or(rule.clear, 0.9 * rule.above), 0.0, rule.clear_for)
 
 
-def _load(view: View) -> dict[str, tuple[int, int]]:
-    """What runs on each pool's usable backends, and how many slots they have; a pool without none
-    is left out.
+class _Load:
+    """What share of each pool's slots was taken on average since the look before.
+
+    Attributes:
+        seconds: since then; 0 at the first look, which has no more than its moment.
     """
-    taken: dict[str, int] = {}
-    room: dict[str, int] = {}
-    for candidate in view.candidates:
-        backend, live = candidate.backend, candidate.live
-        if usable(live, view.now):
-            pool, slots = backend.pool, backend.max_in_flight
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._at: float | None = None
+        self._taken: dict[str, tuple[Live, float]] = {}  # `Live.taken`, by the name of the backend
+
+    def see(self, view: View) -> dict[str, tuple[float, int]]:
+        """The share and the slots of each pool's usable backends; one without any is left out."""
+        now = view.now
+        self.seconds = seconds = 0.0 if self._at is None else now - self._at
+        self._at, before, self._taken = now, self._taken, {}
+        found: dict[str, tuple[float, int]] = {}  # what runs, and slots
+        for candidate in view.candidates:
+            backend, live = candidate.backend, candidate.live
+            if not usable(live, now):
+                continue
+            name, slots = backend.name, backend.max_in_flight
             for limit in view.limits:
                 slots = min(slots, limit(backend))
-            taken[pool] = taken.get(pool, 0) + live.in_flight
-            room[pool] = room.get(pool, 0) + slots
-    return {pool: (taken[pool], slots) for pool, slots in room.items() if slots > 0}
+            taken, mean = live.taken(now), float(live.in_flight)
+            self._taken[name] = live, taken
+            if seconds > 0 and name in before and before[name][0] is live:
+                mean = (taken - before[name][1]) / seconds
+            running, room = found.get(backend.pool, (0.0, 0))
+            found[backend.pool] = running + mean, room + slots
+        return {pool: (runs / slots, slots) for pool, (runs, slots) in found.items() if slots > 0}
+
+
+class _Mean:
+    """The mean of what was seen of a pool over some last seconds.
+
+    Attributes:
+        share: of its slots that were taken.
+        value: the same, less the time in which that was no trouble; None: it was not seen for as
+            long yet.
+    """
+
+    def __init__(self, over: float) -> None:
+        self._over = over
+        self._seen: deque[tuple[float, float, float]] = deque()  # s, and both over them
+        self.share = 0.0
+        self.value: float | None = None
+
+    def add(self, seconds: float, share: float, value: float) -> None:
+        seen = self._seen
+        seen.append((seconds, share, value))
+        covered = sum([each[0] for each in seen])
+        while len(seen) > 1 and covered - seen[0][0] >= self._over:
+            covered -= seen.popleft()[0]
+        if covered <= 0:
+            self.share, mean = share, value
+        else:
+            self.share = sum([each[0] * each[1] for each in seen]) / covered
+            mean = sum([each[0] * each[2] for each in seen]) / covered
+        # The last look may come a little early.
+        self.value = mean if covered >= 0.99 * self._over else None
 
 
 def _provider_down(rule: ProviderDown) -> tuple[Any, ...]:

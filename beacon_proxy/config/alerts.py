@@ -108,13 +108,13 @@ class _Above(Section):
 
 
 class PoolUtilisation(_Above):
-    """The share of a pool's slots that is taken, over its usable backends."""
+    """The share of a pool's slots that was taken over the last `for` seconds, on average."""
 
     above: Share = Field(default=0.8, description="share of the pool's room that is taken, 0..1")
     clear: NotNegative | None = Field(
         default=None, description="share at which it is over; default: nine tenths of above"
     )
-    for_: NotNegative = _lasts(60.0)
+    for_: NotNegative = Field(default=60.0, alias="for", description="s that the mean is of")
     clear_for: NotNegative = _over(60.0)
 
 
@@ -243,7 +243,8 @@ class Rules(Section):
     """The alerts that there are; each may be `false`."""
 
     pool_utilisation: Annotated[PoolUtilisation | None, *_SWITCH] = Field(
-        default=PoolUtilisation(), description="in-flight share of a pool's room; false: off"
+        default=PoolUtilisation(),
+        description="in-flight share of a pool's room, on average; false: off",
     )
     provider_down: Annotated[ProviderDown | None, *_SWITCH] = Field(
         default=ProviderDown(), description="no backend of a provider is up"

@@ -215,6 +215,7 @@ class Live:
     """What is known of one backend right now. The core writes traffic, health writes health."""
 
     in_flight: int = 0
+    occupied: float = 0.0  # s: the ends of its attempts less their starts; see `taken`
     picked: int = 0  # attempts begun, ever: the round-robin tie-break
     healthy: bool = True
     ejected_until: float = 0.0  # monotonic s; 0: not ejected
@@ -239,6 +240,13 @@ class Live:
     recent: Recent | None = None  # of its region and provider; None: not known yet
     success: float = 1.0  # 0..1, moving average over good attempts and strikes
     last_used: float = 0.0  # monotonic s of the last outcome
+
+    def taken(self, now: float) -> float:
+        """Seconds that its attempts took until now (monotonic s), those that run among them.
+
+        What it grew by is the integral of `in_flight`.
+        """
+        return self.occupied + self.in_flight * now
 
     def learn_warmth(self, warmth: Warmth, until: float) -> None:
         """Note what was learnt, and until when (monotonic s) it is to be believed."""

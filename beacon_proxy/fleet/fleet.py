@@ -100,6 +100,7 @@ class Fleet(Roster):
     def note(self, exchange: Exchange, outcome: Outcome, live: Live) -> None:
         """Learn latency, success and cost from one attempt."""
         live.last_used = now = self.now()
+        live.occupied += now
         if outcome.verdict is _GOOD:
             live.warmth = _WARM
             live.warmth_until = live.cold_from = now + outcome.backend.stays_warm

@@ -156,6 +156,7 @@ class Pipeline:
         judgement = _LEFT
         cancelled = True
         live.in_flight += 1
+        live.occupied -= attempt.started
         live.picked += 1
         try:
             lone = not (choice.spare and exchange.may_repeat)
