@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from decimal import Decimal
+from math import inf
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from beacon_proxy.contracts import (
     Typical,
     Usage,
     Verdict,
+    Warmth,
 )
 from beacon_proxy.contracts import Reply as Replies
 from beacon_proxy.wire.dialects import Shape
@@ -567,12 +569,12 @@ def teach(p: Proxy, seconds: float, output: float) -> None:
 
 @asynccontextmanager
 async def left_after(
-    data: bytes, seconds: float, *pieces: bytes, typical: float
+    data: bytes, seconds: float, *pieces: bytes, typical: float, starts: float | None = None
 ) -> AsyncIterator[Outcome]:
     """The outcome of a client that left after `seconds`, by the token; 0: its time was over.
 
     Of late such work took `typical` s and wrote 1000 tokens; what is learnt meanwhile is not held
-    against it.
+    against it. `starts`: s that the backend takes to start, which it has to; 0: nobody knows.
     """
     script, left = silent(*pieces)
     async with (
@@ -581,6 +583,11 @@ async def left_after(
         RawClient(p.port) as client,
     ):
         teach(p, typical, 1000.0)
+        (live,) = [candidate.live for candidate in p.app.fleet.candidates()]
+        if starts is not None:
+            live.learn_warmth(Warmth.COLD, inf)
+        if starts:
+            live.cold_starts.note(starts)
         await client.send(data)
         await eventually(lambda: backend.requests)
         teach(p, 1e-9, 1e6)
@@ -613,6 +620,16 @@ async def test_document_by_the_token_when_the_client_leaves_is_charged_by_its_ti
             assert outcome.usage.output == (1000 if typical < 1.0 else 0)
         paid = guessed(data) * 1e-6 + outcome.usage.output * 10e-6
         assert outcome.usd == pytest.approx(paid)
+
+
+@pytest.mark.parametrize(("starts", "output"), [(0.0, 0), (100.0, 0), (0.001, 1000)])
+async def test_document_by_the_token_when_its_backend_was_starting_is_charged_from_then_on(
+    starts: float, output: int
+) -> None:
+    """Who waits for a start in vain, again and again, spends no answer each time."""
+    data = chat()
+    async with left_after(data, 0.05, typical=1e-6, starts=starts) as outcome:
+        assert outcome.usage == Usage(guessed(data), output, estimated=True)
 
 
 async def test_document_by_the_token_when_the_clients_time_is_over_is_charged_by_its_time() -> None:

@@ -9,12 +9,13 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from beacon_proxy.contracts import Backend, Call, Headers, Hop, Prompt
+from beacon_proxy.contracts import Backend, Call, Headers, Hop, Prompt, Typical
 from beacon_proxy.routing import follow
 
 from .kit import (
@@ -118,6 +119,31 @@ async def test_warming_when_the_warm_one_gets_room_it_takes_over() -> None:
         warm.free.set()
         got = await client.response("POST")
         assert (got.status, named(got, "x-beacon-backend")) == (200, "b1")
+
+
+class Slowly(Hopping):
+    """Leaves some time between two questions."""
+
+    def hop(self, *given: Any) -> Hop | None:
+        found = super().hop(*given)
+        return None if found is None else replace(found, delay=30.0)
+
+
+async def test_warming_when_the_client_leaves_between_two_questions_pays_no_output() -> None:
+    """All that the backend ever said is that it is starting."""
+    outcomes: list[Any] = []
+    prices = {"price_per_million_tokens": {"input": 1.0, "output": 1000.0}}
+    async with Warming() as cold:
+        row = {"provider": "hopping", "url": cold.url, "price_model": "serverless", **prices}
+        async with proxy(row, providers={"hopping": Slowly}, outcomes=outcomes) as p:
+            (candidate,) = p.app.fleet.candidates()
+            candidate.live.typical["m"] = Typical(billed=1e-6, input=10.0, output=1000.0)
+            async with RawClient(p.port) as client:
+                await client.send(chat())
+                await eventually(lambda: len(cold.requests) == 1)
+                await asyncio.sleep(0.05)
+            await eventually(lambda: outcomes)
+    assert outcomes[-1].usage is None or outcomes[-1].usage.output == 0
 
 
 class Loading(Hopping):

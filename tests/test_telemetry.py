@@ -722,9 +722,10 @@ def test_metrics_before_anything_happened_count_from_0() -> None:
         "beacon_attempts_total": 4,
         "beacon_tokens_total": 2,
         "beacon_cost_usd_total": 1,
+        "beacon_expected_cost_usd_total": 1,
         "beacon_ejections_total": 1,
     }
-    assert len(of_one) == 16
+    assert len(of_one) == 17
     teller.end(exchange(), end=End.ERROR, status=503, reason="overloaded")
     teller.end(exchange(), outcome(backend("idle"), usd=0.5))
     after = teller.samples(Candidate(backend("idle"), Live()))
@@ -732,7 +733,7 @@ def test_metrics_before_anything_happened_count_from_0() -> None:
     assert after["beacon_exchanges_total", ("error", "overloaded", "5xx")] == 1
     assert after["beacon_cost_usd_total", ("idle",)] == 0.5
     grown = [name for name, values in after if "idle" in values]
-    assert len(grown) == 34, "and its time to first content"
+    assert len(grown) == 35, "and its time to first content"
     assert Teller().samples(Candidate(backend("idle"), Live())).keys() == samples.keys()
 
 

@@ -438,15 +438,19 @@ class Attempt:
 
     def _part_by(self, now: float) -> float:
         """How much of what is expected has run at `now`, 0..1, as far as time tells."""
-        pace, answer = self.pace, self.answer
-        if pace is None:
-            return 0.0
-        if answer is None:
-            return pace.part(now - self.billed_from)
-        if answer.billed is not None:  # its provider knows when it ran
-            return pace.part(answer.billed)
-        since = answer.billed_from
-        return pace.part(now - (answer.sent_at if since is None else since))
+        pace, answer, since = self.pace, self.answer, self.billed_from
+        if pace is None or (answer is None and not self.accepted):
+            return 0.0  # it was only ever said to be starting
+        if answer is not None:
+            if answer.billed is not None:  # its provider knows when it ran
+                return pace.part(answer.billed)
+            since = answer.sent_at if answer.billed_from is None else answer.billed_from
+        if self._was is not _WARM and self._was is not _UNKNOWN:
+            start = self.candidate.live.cold_starts.quantile(0.5)
+            if start is None:
+                return 0.0  # nobody knows when it began to write
+            since += start
+        return pace.part(now - since)
 
     def _output_by(self, now: float) -> int:
         """Tokens that had been written at `now` of a document that nobody saw whole."""
