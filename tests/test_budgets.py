@@ -434,7 +434,7 @@ def test_event_when_a_budget_refuses_is_told_once_in_each_window() -> None:
     ]
     scene.end(running, usd=0.0)
     scene.pass_by(3600)
-    begun(scene.begin())
+    running = begun(scene.begin())
     scene.refusal(scene.exchange())
     assert [told["budget"] for told in scene.told] == ["daily", "daily"]
 
@@ -771,6 +771,49 @@ BY_LIMIT = pytest.mark.parametrize(
 
 
 @BY_LIMIT
+def test_trial_when_it_lasts_shuts_out_nobody_for_long(
+    terms: tuple[Terms, ...], max_price: float | None
+) -> None:
+    """A stream of an hour, or an open tunnel, was the one trial of a backend while it ran."""
+    scene = Scene(terms, max_price, seconds=1.0)
+    at = fact("a", 1.0)
+    rows = [Candidate(at, known(1.0, at=scene.now - 1e6))]
+    first, second = scene.exchange("t1"), scene.exchange("t2")
+    assert scene.budgets.part(first, rows)[0]
+    trial = scene.budgets.admit(first, at)
+    fitting, refused = scene.budgets.part(second, rows)
+    assert not fitting
+    wait = scene.budgets.limited(second, refused).retry_after
+    assert wait is not None
+    assert wait <= 5.0, "it waits for the trial, not for the window's end"
+    scene.pass_by(61.0)
+    shared = bool(terms) and terms[0].scope == "all"  # it holds what it has cost, and has no room
+    assert bool(scene.budgets.part(second, rows)[0]) is not shared
+    if not shared:
+        later = scene.budgets.admit(second, at)
+        trial.release()
+        assert not scene.budgets.part(scene.exchange("t3"), rows)[0], "the later one runs still"
+        later.release()
+    trial.release()
+    assert scene.budgets._tried == {}
+    if terms:
+        assert scene.gauge("budget_used_ratio") == 0.0, "what was turned away was so for the trial"
+
+
+def test_budget_when_only_a_dear_one_is_left_to_try_again_is_not_used_up() -> None:
+    """The plan behind a failed attempt lacks those that fit, and says nothing of a budget."""
+    scene = Scene((Terms(usd=1.0),), seconds=1.0)
+    cheap, dear = fact("a", 0.02), fact("b", 2.0)
+    running = begun(scene.begin(cheap))
+    assert scene.fits(running.exchange, dear) == []
+    scene.end(running, usd=0.0)
+    scene.refusal(running.exchange, dear)
+    assert (scene.told, scene.gauge("budget_used_ratio")) == ([], 0.0)
+    scene.refusal(scene.exchange(), dear)
+    assert [told["event"] for told in scene.told] == ["budget.exhausted"]
+
+
+@BY_LIMIT
 def test_estimate_when_another_fits_without_is_not_tried(
     terms: tuple[Terms, ...], max_price: float | None
 ) -> None:
@@ -836,7 +879,7 @@ def test_trial_of_an_estimate_is_one_at_a_time_whoever_asks(
     assert ask("y") is None
     for permit in [again, *permits[1:]]:
         permit.release()
-    assert scene.budgets._tried == set()
+    assert scene.budgets._tried == {}
     live.typical["m"].at = scene.now  # it told what it costs
     assert ask("x") is None
 

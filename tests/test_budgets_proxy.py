@@ -569,7 +569,7 @@ async def test_limit_when_nothing_was_heard_for_long_tries_one_until_it_ends(end
                     assert status == {"answered": 200, "failed": 500, "lost": 502}[end]
             assert len(b.requests) == number
             await eventually(lambda: p.in_flight() == 0)
-            assert p.app.budgets._tried == set()
+            assert p.app.budgets._tried == {}
 
 
 # -- what a request costs ------------------------------------------------------------------------

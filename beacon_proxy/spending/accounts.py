@@ -18,7 +18,7 @@ HAIR = 1e-12  # USD that a sum of floats may be off by
 _LENGTHS = {"minute": 60.0, "hour": 3600.0, "day": 86_400.0}  # s
 TENANTS = 10_000  # whose accounts are remembered, a budget; clients make them up
 _AT_ONCE = 10  # one in so many is forgotten at once: to look for them takes milliseconds
-_SOON = 5.0  # s, to who finds no room only for what runs
+SOON = 5.0  # s, to who finds no room only for what runs
 
 
 class Terms(Protocol):
@@ -192,7 +192,7 @@ class Budget:
         """Seconds until there may be room for `usd`."""
         left = self.ends - unix
         # Where it is only for what runs, that ends before the window does, as a rule.
-        return left if self.look(tenant).spent + usd > self.usd + HAIR else min(left, _SOON)
+        return left if self.look(tenant).spent + usd > self.usd + HAIR else min(left, SOON)
 
 
 class Hold:
@@ -234,17 +234,25 @@ class Hold:
 
 
 class Trial:
-    """The only attempt that an estimate is tried by, until it ends; a second release changes
-    nothing."""
+    """The attempt that an estimate is tried by; a second release changes nothing."""
 
-    __slots__ = ("_estimate", "_permit", "_tried")
+    __slots__ = ("_estimate", "_permit", "_tried", "until")
 
-    def __init__(self, tried: set[Estimate], estimate: Estimate, permit: Permit) -> None:
-        """`tried` are those that are being tried; `permit` is what else the attempt holds."""
+    def __init__(
+        self, tried: dict[Estimate, Trial], estimate: Estimate, permit: Permit, until: float
+    ) -> None:
+        """`tried` are those that are being tried; `permit` is what else the attempt holds.
+
+        No other is made before `until` (monotonic s), unless it ends earlier.
+        """
         self._tried, self._estimate, self._permit = tried, estimate, permit
-        tried.add(estimate)
+        self.until = until
+        tried[estimate] = self
 
     def release(self) -> None:
-        tried, self._tried = self._tried, set()
-        tried.discard(self._estimate)
+        if self._tried.get(self._estimate) is self:
+            del self._tried[self._estimate]
+        if isinstance(self._permit, Hold):
+            for account in self._permit.accounts:
+                account.refused = inf  # what was turned away meanwhile was so for this one
         self._permit.release()

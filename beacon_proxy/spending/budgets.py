@@ -14,7 +14,8 @@ Rule 6: no estimate shuts a door for good: what is refused by it is never made, 
     correct it. So it is believed less and less once it had no news for a minute: by the operator's
     price limit, and by a budget that is smaller than it and of which nothing is spent or held. A
     client's own limit means what it says. Who fits only so is a *trial*: made where nobody as well
-    fits without, and one at a time for each estimate, whoever asks.
+    fits without, and for each estimate one at a time, or one a minute where it lasts for longer,
+    whoever asks.
 So `spent + held` passes a budget only by what attempts cost beyond what was held for them when the
 last one was let in: by no more than one estimate each where none costs over twice its estimate.
 """
@@ -42,7 +43,7 @@ from ..contracts import (
     tell_nobody,
 )
 from ..errors import BudgetExceeded, Limited
-from .accounts import HAIR, TENANTS, Budget, Estimate, Hold, Past, Terms, Trial
+from .accounts import HAIR, SOON, TENANTS, Budget, Estimate, Hold, Past, Terms, Trial
 
 _LOOK_PAUSE = 1.0  # s between two looks at what runs
 _NEWS = 60.0  # s that an estimate stands without news; see rule 6
@@ -58,6 +59,7 @@ class Refused(NamedTuple):
     candidate: Candidate
     usd: float  # that it is expected to cost
     budgets: tuple[Budget, ...]  # that have no room for it; (): more than one request may cost
+    waits: bool = False  # only for an attempt that runs now; see rule 6
 
 
 class Budgets:
@@ -90,7 +92,7 @@ class Budgets:
         self._running: dict[int, Hold] = {}  # by the id() of the exchange
         self._planned: dict[str, float] = {}  # USD by backend, of the last plan
         self._trials: dict[str, Estimate] = {}  # by backend, of the last plan; see rule 6
-        self._tried: set[Estimate] = set()  # by a trial that runs
+        self._tried: dict[Estimate, Trial] = {}  # by a trial that runs
 
     # -- before an attempt -----------------------------------------------------------------------
 
@@ -125,13 +127,14 @@ class Budgets:
             if usd > own or believed > limit:
                 refused.append(Refused(candidate, usd, ()))
             elif full:
-                refused.append(Refused(candidate, usd, tuple(full)))
+                held = all(believed <= b.usd and not b.look(tenant).spent for b in full)
+                refused.append(Refused(candidate, usd, tuple(full), held))
             else:
                 fitting.append(candidate)
                 faded[backend.name] = Refused(candidate, usd, tuple(short))
         if faded:
-            fitting = self._with_trials(fitting, faded, refused, work)
-        if refused:
+            fitting = self._with_trials(fitting, faded, refused, work, now)
+        if refused and self._is_first(exchange):
             self._note_closed(exchange.tenant, fitting, refused)
         return fitting, refused
 
@@ -141,6 +144,7 @@ class Budgets:
         faded: dict[str, Refused],
         refused: list[Refused],
         work: str | None,
+        now: float,
     ) -> list[Candidate]:
         """Those of `fitting` that are sure, and who of the `faded` may be tried; see rule 6.
 
@@ -150,13 +154,20 @@ class Budgets:
         for name, each in faded.items():
             candidate = each.candidate
             # Clients make up models: what is new there is expected to be as any is, once for all.
-            estimate = (name, work) if work in candidate.live.typical else (name,)
-            needless = any(candidate.last_resort or not c.last_resort for c in sure)
-            if needless or estimate in self._tried:
-                refused.append(each)
+            own = work is None or work in candidate.live.typical
+            estimate = (name, work) if own else (name,)
+            running = self._tried.get(estimate)
+            if any(candidate.last_resort or not c.last_resort for c in sure):
+                refused.append(each)  # there is no need
+            elif running is not None and now < running.until:
+                refused.append(each._replace(waits=True))
             else:
                 self._trials[name] = estimate
         return [c for c in fitting if c.backend.name not in faded or c.backend.name in self._trials]
+
+    def _is_first(self, exchange: Exchange) -> bool:
+        """Whether no attempt was made yet; a later plan lacks those that were tried."""
+        return not exchange.attempts and id(exchange) not in self._running
 
     def _note_closed(
         self, tenant: str | None, fitting: list[Candidate], refused: list[Refused]
@@ -224,10 +235,14 @@ class Budgets:
         `soon`: s until there may be another candidate.
         """
         tenant, unix = exchange.tenant, self._unix()
+        refused = list(refused)
+        if any(each.waits for each in refused):
+            soon = min(soon, SOON)
         by_budget = [each for each in refused if each.budgets]
         if not by_budget:
             return self._too_dear(exchange, soon)
-        self._note_refusals(tenant, by_budget, {b for each in by_budget for b in each.budgets})
+        if self._is_first(exchange):
+            self._note_refusals(tenant, by_budget, {b for each in by_budget for b in each.budgets})
         # A candidate waits for the last of its budgets, the client for the first candidate.
         wait, name = min(
             max((budget.wait(tenant, each.usd, unix), budget.name) for budget in each.budgets)
@@ -266,7 +281,9 @@ class Budgets:
     def admit(self, exchange: Exchange, backend: Backend) -> Permit:
         """Hold the estimate; the plan has seen that there is room, in this same step."""
         permit, estimate = self._hold(exchange, backend), self._trials.get(backend.name)
-        return permit if estimate is None else Trial(self._tried, estimate, permit)
+        if estimate is None:
+            return permit
+        return Trial(self._tried, estimate, permit, self._clock() + _NEWS)
 
     def _hold(self, exchange: Exchange, backend: Backend) -> Permit:
         usd, price = self._planned[backend.name], backend.price_per_second
