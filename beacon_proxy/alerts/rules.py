@@ -26,7 +26,7 @@ from ..config.alerts import (
     SuccessRate,
     TtftP95,
 )
-from ..contracts import Live, Warmth
+from ..contracts import WARMING_TIME, Live, Warmth
 from .alarm import Mark, Severity
 from .view import MINUTES, Place, Reading, View
 
@@ -34,7 +34,6 @@ Read = Callable[[View], Iterable[Reading]]
 
 _WARMING = Warmth.WARMING
 _WINDOW = MINUTES * 60.0  # s
-_STARTING = 600.0  # s that a start may take; as long as `fleet.WARMING_TIME`
 _PAST = 3600.0  # s before the recent ones, that a TTFT is held against
 _PAST_LEAST = 600.0  # s of them that there must be
 
@@ -221,7 +220,7 @@ def _provider_refuses(rule: ProviderRefuses) -> tuple[Any, ...]:
             since, lives = starting.setdefault(place, view.now), rows[place]
             # Cold is no fault; but who says so for longer than a start takes does not start.
             starts = any(live.warmth_at(view.now) is _WARMING for live in lives)
-            if starts and view.now - since < _STARTING:
+            if starts and view.now - since < WARMING_TIME:
                 continue
             count = sums.busy + sums.strikes
             # Who asks for minutes of rest is hardly asked at all.

@@ -13,6 +13,7 @@ bytes; money is USD.
 """
 
 from .backend import (
+    WARMING_TIME,
     Backend,
     Candidate,
     Candidates,
@@ -75,6 +76,7 @@ __all__ = [
     "CLEAN_UP",
     "NO_SLOT",
     "OTHER_POST",
+    "WARMING_TIME",
     "Admit",
     "Backend",
     "Call",

@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol, Self
 
 from .words import Fault, Headers, Verdict, Warmth
 
+WARMING_TIME = 600.0  # s that "it is starting" is believed without further news
+
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:

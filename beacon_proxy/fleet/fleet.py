@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from math import inf
 
 from ..contracts import (
+    WARMING_TIME,
     Backend,
     Candidate,
     Candidates,
@@ -33,7 +34,6 @@ from .spelling import learn
 # Looked up once: a member of an enumeration is slow to reach.
 _GOOD, _LOADING = Verdict.GOOD, Fault.LOADING
 _WARM, _WARMING, _UNKNOWN = Warmth.WARM, Warmth.WARMING, Warmth.UNKNOWN
-WARMING_TIME = 600.0  # s that "it is starting" is believed without further news
 _TOLD_START = 1.0  # s; a start longer than this is worth a line in the log
 _LACKING_TIME = 300.0  # s that a model stays unlikely on a backend that said it has not got it
 _LACKING_MOST = 256  # models remembered so, a backend

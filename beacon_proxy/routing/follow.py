@@ -17,9 +17,8 @@ from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from ..contracts import Backend, Fault, Headers, Hop, Stage, Warmth
+from ..contracts import WARMING_TIME, Backend, Fault, Headers, Hop, Stage, Warmth
 from ..errors import ProxyError, UpstreamError
-from ..fleet.fleet import WARMING_TIME
 from ..wire.request import Source, is_target
 
 if TYPE_CHECKING:
